@@ -1,0 +1,19 @@
+"""What `fdsl_nb.distributed.launch` starts: first the launcher of the ranks, then each rank.
+
+    python -m fdsl_nb.worker PROCESSES FOLDER     start that many ranks with torch.distributed.run
+    python -m fdsl_nb.worker FOLDER               be one of them
+"""
+import sys
+from fdsl_nb.distributed import leave_with_parent, run_as_rank
+
+
+def main():
+    leave_with_parent()
+    if len(sys.argv) == 2:
+        return run_as_rank(sys.argv[1])
+    from torch.distributed.run import main as start_ranks
+    start_ranks(['--standalone', '--nproc-per-node', sys.argv[1], '-m', 'fdsl_nb.worker', sys.argv[2]])
+
+
+if __name__ == '__main__':
+    main()
