@@ -1,0 +1,45 @@
+# `make` lists the targets. Everything happens in the virtual environment $(VENV), made on first use;
+# to use one of your own: make test VENV=$VIRTUAL_ENV (the pinned versions are installed into it).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help env demo test campaign notebooks prepare clean
+
+help:           ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+env: $(STAMP)   ## install the package and its tools, at the versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: env       ## minutes on a CPU: pre-train on RCDB drawn online, fine-tune on digits, three seeds
+	$(BIN)/fdsl run pretrain -p dataset rcdb -p run demo/pretrain
+	$(BIN)/fdsl run finetune -p dataset digits -p weights runs/demo/pretrain/last.pth.tar -p seeds 3 -p run demo/finetune
+	@echo 'The reports, executed notebooks with curves and tables:'
+	@ls runs/demo/pretrain/*.ipynb runs/demo/finetune/*.ipynb
+
+test: env       ## house rules, then the notebooks, then every test that is not slow
+	$(BIN)/python -m pytest -q tests/test_house.py
+	$(MAKE) --no-print-directory notebooks
+	$(BIN)/python -m pytest -q -m 'not slow' --ignore=tests/test_house.py
+
+campaign: env   ## the slow tests: minutes each
+	$(BIN)/python -m pytest -m slow
+
+# Notebooks without a number are papermill runs: pytest runs them, with small values.
+notebooks: env  ## run every cell of the numbered notebooks
+	$(BIN)/nbdev-test --file-glob '[0-9]*.ipynb' --n-workers 2
+
+prepare: env    ## before a commit: clean the notebooks, then write the modules they export
+	$(BIN)/nbdev-clean
+	$(BIN)/nbdev-export
+
+clean:          ## remove caches and build output; keeps runs/, data/ and the environment
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache docs/_build
+	find fdsl_nb tests benchmarks nbs -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
