@@ -31,7 +31,7 @@ def first_line(cell): return (lines_of(cell) or [''])[0]
 
 def words_of(markdown, skip='(?!)'):
     "How many words a reader reads: without code blocks, signs, and the lines that begin with `skip`."
-    text = re.sub(r'```.*?(```|\Z)', '', markdown, flags=re.S)
+    text = re.sub(r'```.*?(```|\Z)', '', markdown, flags=re.DOTALL)
     return sum(bool(re.search(r'\w', word)) for line in text.splitlines() if not re.match(skip, line) for word in line.split())
 
 def images_of(cell):
@@ -84,7 +84,7 @@ def fresh(tmp_path_factory):
     for path in NOTEBOOKS: shutil.copy(path, copy/'nbs')
     for name in PLAIN_MODULES: shutil.copy(ROOT/'fdsl_nb'/name, copy/'fdsl_nb')
     for command in ('nbdev-export', 'nbdev-clean'):
-        done = subprocess.run([Path(sys.executable).with_name(command)], cwd=copy, capture_output=True, text=True)
+        done = subprocess.run([Path(sys.executable).with_name(command)], check=False, cwd=copy, capture_output=True, text=True)
         require(done.returncode == 0, f'{command} stopped on the notebooks:\n{done.stdout}{done.stderr}')
     return copy
 
@@ -121,7 +121,7 @@ def test_imports_stand_alone(path):
 
 @each_numbered
 def test_imports_go_downward(path):
-    floor = {d: p.name for p in NUMBERED for c in code_cells(p) for d in re.findall(r'^#\|\s*default_exp:?\s+(\S+)', c['source'], re.M)}
+    floor = {d: p.name for p in NUMBERED for c in code_cells(p) for d in re.findall(r'^#\|\s*default_exp:?\s+(\S+)', c['source'], re.MULTILINE)}
     faults = []
     for node in (n for c in exported_cells(path) for n in ast.walk(ast.parse(c['source']))):
         if isinstance(node, ast.Import): faults += [f'import {a.name}: name what is used, `from {a.name} import …`' for a in node.names if a.name.startswith('fdsl_nb')]
@@ -138,7 +138,7 @@ def test_imports_go_downward(path):
 def test_exported_cells_are_short(path):
     faults = []
     for cell in exported_cells(path):
-        most = 40 if re.search(r'^@(numba\.)?njit\b', cell['source'], re.M) else 20
+        most = 40 if re.search(r'^@(numba\.)?njit\b', cell['source'], re.MULTILINE) else 20
         if len(lines_of(cell)) > most: faults.append(f'{len(lines_of(cell))} lines of {most}: {first_line(cell)}')
     refuse(faults, f'nbs/{path.name} has an exported cell that is too long; split it where an idea ends (fastcore @patch splits a class)')
 
@@ -212,7 +212,7 @@ def test_runs_only_call_the_library(path):
 @each_run
 def test_runs_are_stored_without_outputs(path):
     refuse((first_line(c) for c in code_cells(path) if c['outputs'] or c['execution_count']),
-        f'nbs/{path.name} is a form, not a result; run `nbdev-clean --clear-all --fname` on a copy of it, or clear all outputs and save')
+        f'nbs/{path.name} is a form, not a result; clear all outputs (Jupyter: Edit › Clear Outputs of All Cells) and save')
 
 @each_run
 def test_runs_name_their_kernel(path):
@@ -228,13 +228,13 @@ def tracked():
     "Every file that git tracks or would offer to track."
     # safe.directory: a checkout owned by another user, as in a container, is read all the same
     done = subprocess.run(['git', '-c', f'safe.directory={ROOT}', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
-        cwd=ROOT, capture_output=True, text=True)
+        check=False, cwd=ROOT, capture_output=True, text=True)
     if done.returncode: pytest.skip('this is no git checkout, so there are no tracked files to read')
     return [p for p in (ROOT/name for name in sorted(set(done.stdout.split('\0')) - {''})) if p.is_file()]
 
 # Both patterns are written so that they do not find themselves.
 ABSOLUTE = re.compile(r'(?<![\w.~)}\]$*-])(/(?:home|root|Users|work|tmp|mnt|opt|scratch)/[\w.]|[A-Z]:\\\\?Users)')
-INDEX = re.compile(r'\bpypi\.|\bpythonhosted\.|download\.pytorch\.org|\bconda\.anaconda\.|index[-_]url\b|find[-_]links\b|trusted[-_]host\b', re.I)
+INDEX = re.compile(r'\bpypi\.|\bpythonhosted\.|download\.pytorch\.org|\bconda\.anaconda\.|index[-_]url\b|find[-_]links\b|trusted[-_]host\b', re.IGNORECASE)
 
 @pytest.mark.parametrize('pattern, remedy', [(ABSOLUTE, 'holds an absolute path, which exists on one machine only; write it relative to the checkout'),
     (INDEX, 'names a package index; which one to use is the business of the machine (`pip config`)')], ids=['absolute paths', 'package indexes'])
@@ -253,3 +253,10 @@ def test_constraints_cover_the_dependencies():
     pinned = {plain(line) for line in (ROOT/'constraints.txt').read_text('utf-8').splitlines() if '==' in line and not line.startswith('#')}
     refuse((r for r in importlib.metadata.requires('fdsl_nb') if plain(r) not in pinned and 'extra' not in r.replace('extra == "dev"', '')),
         'constraints.txt does not pin a dependency; add the version that CI runs')
+
+def test_the_formula_of_the_guide_draws():
+    example = re.search(r'```python\n(.*?)```', (ROOT/'CONTRIBUTING.md').read_text('utf-8'), re.DOTALL)[1]
+    require(len(example.splitlines()) <= 30, 'the formula in CONTRIBUTING.md is longer than the 30 lines it promises')
+    check = 'image = stripes.render(9, 99)\nassert image.shape == (64, 64) and image.dtype == "uint8" and set(image.flat) == {0, 255}'
+    done = subprocess.run([sys.executable, '-c', f'{example}\n{check}'], check=False, capture_output=True, text=True, cwd=ROOT)    # its own process: it registers a name
+    require(done.returncode == 0, f'the formula in CONTRIBUTING.md draws no stripes; mend it there:\n{done.stderr}')
