@@ -42,4 +42,4 @@ prepare: env    ## before a commit: clean the notebooks, then write the modules 
 
 clean:          ## remove caches and build output; keeps runs/, data/ and the environment
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache docs/_build
-	find fdsl_nb tests benchmarks nbs -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	find $(wildcard fdsl_nb tests benchmarks nbs) -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
