@@ -5,43 +5,48 @@
 # %% auto #0
 __all__ = ['PERMUTATION', 'draw_line', 'draw_polygon', 'perlin_noise', 'splat', 'stamp']
 
-# %% ../nbs/02_raster.ipynb #bd2fef27
+# %% ../nbs/02_raster.ipynb #481e14fe
 import numpy as np
-from numba import njit, float32
+from numba import njit, float32, uint64
 
-# %% ../nbs/02_raster.ipynb #e7cb5ae4
+# %% ../nbs/02_raster.ipynb #67db3a6a
 @njit(cache=True, nogil=True, inline='always')
 def _put(image, x, y, grey):
     if 0 <= y < image.shape[0] and 0 <= x < image.shape[1]: image[y, x] = grey
 
+@njit(cache=True, nogil=True, inline='always')
+def _walk(image, x, y, xe, ye, grey):
+    left, right, top, bottom = min(x, xe), max(x, xe), min(y, ye), max(y, ye)
+    if right < 0 or left >= image.shape[1] or bottom < 0 or top >= image.shape[0]: return
+    inside = left >= 0 and right < image.shape[1] and top >= 0 and bottom < image.shape[0]
+    sx, sy = 1 if xe >= x else -1, 1 if ye >= y else -1
+    major, minor, major_x, major_y, minor_x, minor_y = right - left, bottom - top, sx, 0, 0, sy
+    if minor >= major: major, minor, major_x, major_y, minor_x, minor_y = minor, major, 0, sy, sx, 0
+    error = 2 * minor - major
+    for _ in range(major):
+        if inside: image[uint64(y), uint64(x)] = grey       # unsigned: no look for indices that count from the end
+        else: _put(image, x, y, grey)
+        step = 1 if error >= 0 else 0                       # a factor, not a branch: nobody could predict it
+        x, y = x + major_x + step * minor_x, y + major_y + step * minor_y
+        error += 2 * minor - step * 2 * major
+
 @njit(cache=True, nogil=True)
 def draw_line(image, x0, y0, x1, y1, grey):
     "A line of width 1 in `image`, uint8 [h, w], in place, between real points, as Pillow draws it."
-    x, y, xe, ye = int(x0), int(y0), int(x1), int(y1)
-    dx, dy = abs(xe - x), abs(ye - y)
-    sx, sy = 1 if xe >= x else -1, 1 if ye >= y else -1
-    steep = dy >= dx
-    major, minor = (dy, dx) if steep else (dx, dy)
-    error = 2 * minor - major
-    for _ in range(major):
-        _put(image, x, y, grey)
-        if error >= 0:
-            if steep: x += sx
-            else: y += sy
-            error -= 2 * major
-        if steep: y += sy
-        else: x += sx
-        error += 2 * minor
-    _put(image, xe, ye, grey)
+    _walk(image, int(x0), int(y0), int(x1), int(y1), grey)
+    _put(image, int(x1), int(y1), grey)
 
-# %% ../nbs/02_raster.ipynb #b55e1b2a
+# %% ../nbs/02_raster.ipynb #237e420c
 @njit(cache=True, nogil=True)
 def draw_polygon(image, xs, ys, grey):
     "The closed outline through the vertices `xs`, `ys`, float64 [n], in `image`, uint8 [h, w], in place."
-    n = xs.size
-    for v in range(n):
-        w = v + 1 if v + 1 < n else 0
-        draw_line(image, xs[v], ys[v], xs[w], ys[w], grey)
+    last = xs.size - 1
+    x, y = int(xs[last]), int(ys[last])
+    _put(image, x, y, grey)
+    for v in range(xs.size):
+        next_x, next_y = int(xs[v]), int(ys[v])
+        _walk(image, x, y, next_x, next_y, grey)
+        x, y = next_x, next_y
 
 # %% ../nbs/02_raster.ipynb #072dc33b
 PERMUTATION = np.frombuffer(bytes.fromhex(
