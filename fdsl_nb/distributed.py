@@ -29,7 +29,7 @@ def found_ranks(
         if rank in env and int(env.get(world, 1)) > 1:
             return dict(launcher=name, rank=int(env[rank]), world=int(env[world]), local=int(env.get(local, env[rank])))
 
-# %% ../nbs/33_distributed.ipynb #2057ebc1
+# %% ../nbs/33_distributed.ipynb #ea51a208
 @contextmanager
 def join(
     timeout:float=1800,   # seconds a rank waits for the others before it gives up
@@ -44,8 +44,8 @@ def join(
     os.environ.setdefault('MASTER_ADDR', socket.gethostname())
     os.environ.setdefault('MASTER_PORT', '29500')
     dist.init_process_group('nccl' if gpu else 'gloo', rank=found['rank'], world_size=found['world'], timeout=timedelta(seconds=timeout))
-    try: yield torch.device('cuda', torch.cuda.current_device()) if gpu else torch.device('cpu')
-    finally: dist.destroy_process_group()
+    yield torch.device('cuda', torch.cuda.current_device()) if gpu else torch.device('cpu')
+    dist.destroy_process_group()    # not after an error: leaving the group first would make the others report a lost partner before we report the cause
 
 # %% ../nbs/33_distributed.ipynb #aeced189
 def rank() -> int:

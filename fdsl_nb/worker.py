@@ -1,8 +1,4 @@
-"""What `fdsl_nb.distributed.launch` starts: first the launcher of the ranks, then each rank.
-
-    python -m fdsl_nb.worker PROCESSES FOLDER     start that many ranks with torch.distributed.run
-    python -m fdsl_nb.worker FOLDER               be one of them
-"""
+"""What `launch` starts: the launcher of the ranks (given PROCESSES FOLDER), then each rank (given FOLDER)."""
 import sys
 from fdsl_nb.distributed import leave_with_parent, run_as_rank
 
