@@ -296,6 +296,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fdsl_nb.ifs_search.canonical_category': ( 'ifs_search.html#canonical_category',
                                                                                'fdsl_nb/ifs_search.py'),
                                     'fdsl_nb.ifs_search.canonical_picks': ('ifs_search.html#canonical_picks', 'fdsl_nb/ifs_search.py'),
+                                    'fdsl_nb.ifs_search.check_rate': ('ifs_search.html#check_rate', 'fdsl_nb/ifs_search.py'),
                                     'fdsl_nb.ifs_search.fill_share': ('ifs_search.html#fill_share', 'fdsl_nb/ifs_search.py'),
                                     'fdsl_nb.ifs_search.first_filling': ('ifs_search.html#first_filling', 'fdsl_nb/ifs_search.py'),
                                     'fdsl_nb.ifs_search.published_candidates': ( 'ifs_search.html#published_candidates',
@@ -401,4 +402,13 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fdsl_nb.settings._read_file': ('settings.html#_read_file', 'fdsl_nb/settings.py'),
                                   'fdsl_nb.settings.did_you_mean': ('settings.html#did_you_mean', 'fdsl_nb/settings.py'),
                                   'fdsl_nb.settings.find_settings': ('settings.html#find_settings', 'fdsl_nb/settings.py'),
-                                  'fdsl_nb.settings.machine_settings': ('settings.html#machine_settings', 'fdsl_nb/settings.py')}}}
+                                  'fdsl_nb.settings.machine_settings': ('settings.html#machine_settings', 'fdsl_nb/settings.py')},
+            'fdsl_nb.training': { 'fdsl_nb.training.architecture_of': ('training.html#architecture_of', 'fdsl_nb/training.py'),
+                                  'fdsl_nb.training.clear': ('training.html#clear', 'fdsl_nb/training.py'),
+                                  'fdsl_nb.training.make_loaders': ('training.html#make_loaders', 'fdsl_nb/training.py'),
+                                  'fdsl_nb.training.make_model': ('training.html#make_model', 'fdsl_nb/training.py'),
+                                  'fdsl_nb.training.measure': ('training.html#measure', 'fdsl_nb/training.py'),
+                                  'fdsl_nb.training.open_splits': ('training.html#open_splits', 'fdsl_nb/training.py'),
+                                  'fdsl_nb.training.read_recipe': ('training.html#read_recipe', 'fdsl_nb/training.py'),
+                                  'fdsl_nb.training.run_training': ('training.html#run_training', 'fdsl_nb/training.py'),
+                                  'fdsl_nb.training.train': ('training.html#train', 'fdsl_nb/training.py')}}}

@@ -31,7 +31,7 @@ def _game(table, limits, picks, xs, ys):
         ylow, yhigh = y if y < ylow else ylow, y if y > yhigh else yhigh
     return xlow, xhigh, ylow, yhigh
 
-# %% ../nbs/11a_chaos_game.ipynb #0c33061b
+# %% ../nbs/11a_chaos_game.ipynb #9ee611ea
 def play(
     maps:np.ndarray,      # float64 [maps, 7]: a b c d e f p
     picks:np.ndarray,     # float64 [points] in [0, 1): which map moves the point; the last is not used
@@ -41,7 +41,7 @@ def play(
     # the row below the maps stands still
     table = np.vstack([maps[:, :6], [1, 0, 0, 1, 0, 0]])
     xlow, xhigh, ylow, yhigh = _game(table, np.cumsum(maps[:, 6]), picks, xs, ys)
-    if np.isfinite(xs[-1] + ys[-1]): return xs, ys, (xlow, xhigh), (ylow, yhigh)
+    if np.isfinite(xs[-1]) and np.isfinite(ys[-1]): return xs, ys, (xlow, xhigh), (ylow, yhigh)
     for v in (0, 1):
         gone = np.flatnonzero(np.isnan((xs, ys)[v]))
         if gone.size: xs, ys = xs[:max(gone[0] - 100, 0)], ys[:max(gone[0] - 100, 0)]
