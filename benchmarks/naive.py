@@ -7,6 +7,7 @@ programs' C package costs; chance is Python's own generator, as there.
 import math, random
 import numpy as np
 from PIL import Image, ImageDraw
+from fdsl_nb.ifs3d import FOCAL, weight_table, weighted
 from fdsl_nb.raster import PERMUTATION
 
 
@@ -59,3 +60,36 @@ def contours(family, c, k):
     category = family.category(c)
     if k: category = family.new_instance(category, family.instance_stream(c, k))
     return contour_image(family, category, random.Random(f'{c} {k}'))
+
+
+# Fractals in space: MVFractalDB, ExFractalDB, 3D-OFDB (13_ifs3d)
+
+def space_game(maps, picks):
+    "The points of a 3-D system, [3, picks - 1], stretched to [-1, 1] and moved to their mean."
+    point, points, thresholds = (0.0, 0.0, 0.0), [], np.cumsum(maps[:, 12]).tolist()
+    maps = maps.tolist()
+    for r in picks[:-1].tolist():
+        a, b, c, d, e, f, g, h, i, j, k, l, _ = next(m for m, t in zip(maps, thresholds) if r <= t)
+        x, y, z = point
+        point = (x*a + y*b + z*c + j, x*d + y*e + z*f + k, x*g + y*h + z*i + l)
+        points.append(point)
+    points = np.array(points).T
+    points = (points - points.min()) / (points.max() - points.min()) * 2 - 1
+    return points - np.array([[sum(axis) / len(picks)] for axis in points])
+
+def space_view(cloud, camera, size):
+    "One view of a cloud by a camera: rows right, up, forward."
+    x, y, depth = camera @ cloud.astype(np.float32)
+    scale = FOCAL / (depth + np.float32(4))
+    column, row = (np.floor(np.rint((scale * v * np.float32(.5) + np.float32(.5)) * np.float32(size) * 256) / 256).astype(int) for v in (x, y))
+    inside = (depth + 4 >= 1) & (depth + 4 <= 100) & (0 <= column) & (column < size) & (0 <= row) & (row < size)
+    image = np.zeros((size, size), np.uint8)
+    image[row[inside], column[inside]] = 255
+    return image
+
+def space(family, c, k):
+    "Image (c, k) of a 3-D family: its system, picks from NumPy's generator, the canonical camera."
+    row, view = divmod(k, family.views_per_cloud)
+    maps = weighted(family.category(c), weight_table(family.rows)[row])
+    cloud = space_game(maps, np.random.RandomState(row).random_sample(family.points))
+    return space_view(cloud, family.camera(view, family.instance_stream(c, k)), family.size)
