@@ -50,7 +50,7 @@ class Sample:
     image: np.ndarray
     file: str
 
-# %% ../nbs/10_formula.ipynb #e095aa6e
+# %% ../nbs/10_formula.ipynb #8867fe4f
 @dataclass(frozen=True)
 class Formula:
     "A formula data set: what is described, not what is stored. Families subclass it; equal fields mean equal pixels."
@@ -64,7 +64,10 @@ class Formula:
     program_defaults: ClassVar[dict] = {}       # field → the program's own default, where it is not ours
 
     def __post_init__(self):
-        for f in fields(self): check_knob(type(self).__name__, f, getattr(self, f.name))
+        for f in fields(self):
+            check_knob(type(self).__name__, f, getattr(self, f.name))
+            # 2 and 2.0 are one description, also where it is written out
+            if isinstance(f.default, float): object.__setattr__(self, f.name, float(getattr(self, f.name)))
     def __len__(self): return self.classes * self.instances
     def category(self, c:int): raise NotImplementedError
     def draw(self, c:int, k:int) -> np.ndarray: raise NotImplementedError
