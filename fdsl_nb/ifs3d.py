@@ -21,6 +21,9 @@ from .rng import CATEGORY, CounterRandom, NumpyRandom, PythonRandom, unit
 from .formula import Formula, Sample, knob
 from .categories import category_cache, check_category, load_categories, save_categories, search_parallel
 
+# %% ../nbs/13_ifs3d.ipynb #10f7f06f
+COLUMNS = (*'abcdefghijkl', 'p')        # of a system: matrix row by row, shift, probability
+
 # %% ../nbs/13_ifs3d.ipynb #28a74e35
 @njit(cache=True, nogil=True)
 def _play(maps, picks, cloud):
@@ -36,8 +39,8 @@ def _play(maps, picks, cloud):
         if not abs(x) + abs(y) + abs(z) < np.inf: return False
     return True
 
-# %% ../nbs/13_ifs3d.ipynb #1ce4fd96
-@njit(cache=True, nogil=True)
+# %% ../nbs/13_ifs3d.ipynb #09c5ec98
+@njit(cache=True, nogil=True, error_model='numpy')
 def _centre(cloud, half_side):
     n = cloud.shape[1]
     low = high = cloud[0, 0]
@@ -57,9 +60,7 @@ def _cloud(maps, picks, half_side=1.0):
     cloud = np.empty((3, len(picks) - 1))
     return cloud if _play(maps, picks, cloud) and _centre(cloud, half_side) else None
 
-# %% ../nbs/13_ifs3d.ipynb #f72cf7e4
-COLUMNS = (*'abcdefghijkl', 'p')
-
+# %% ../nbs/13_ifs3d.ipynb #86b71c06
 def weighted(
     maps,                 # [maps, 13]: matrix a … i row by row, shift j k l, probability p
     weights=None,         # 12 factors for a … l; all one if None
@@ -149,28 +150,42 @@ def _camera(rotation):
     "Rows right, up, forward, float32 [3, 3], of a rotation."
     return np.ascontiguousarray(rotation.T[::-1], dtype=np.float32)
 
-# %% ../nbs/13_ifs3d.ipynb #efa8a332
+# %% ../nbs/13_ifs3d.ipynb #998d34da
+@njit(cache=True, nogil=True, error_model='numpy')
+def _place(xs, ys, zs, camera, limits, columns, rows):
+    (r0, r1, r2), (u0, u1, u2), (f0, f1, f2) = camera
+    near, far, side, corner = limits
+    half = float32(0.5)
+    for i in range(xs.size):
+        x, y, z = xs[i], ys[i], zs[i]
+        depth = f0 * x + f1 * y + f2 * z + float32(4)
+        scale = FOCAL / depth
+        across = (scale * (r0 * x + r1 * y + r2 * z) * half + half) * side
+        up = (scale * (u0 * x + u1 * y + u2 * z) * half + half) * side
+        across, up = np.rint(across * float32(256)) * float32(1 / 256), np.rint(up * float32(256)) * float32(1 / 256)
+        seen = (depth >= near) & (depth <= far) & (across >= 0) & (across < side) & (up >= 0) & (up < side)
+        columns[i] = np.floor(across + corner) if seen else side
+        rows[i] = np.floor(up + corner)
+
+# %% ../nbs/13_ifs3d.ipynb #177f469d
 @njit(cache=True, nogil=True)
 def _project(cloud, cameras, near, far, point_size, images):
-    xs, ys, zs = cloud
-    size, n = images.shape[1], xs.size
-    half, side, corner = float32(0.5), float32(size), float32(0.5 - 0.5 * point_size)
-    columns, rows = np.empty(n, np.int32), np.empty(n, np.int32)
+    size, n = images.shape[1], cloud.shape[1]
+    columns, rows = np.empty(n, np.float32), np.empty(n, np.float32)
+    limits = near, far, float32(size), float32(0.5 - 0.5 * point_size)
     for v in range(cameras.shape[0]):
         r, u, f = cameras[v]
+        camera = (r[0], r[1], r[2]), (u[0], u[1], u[2]), (f[0], f[1], f[2])
+        _place(cloud[0], cloud[1], cloud[2], camera, limits, columns, rows)
         for i in range(n):
-            depth = f[0] * xs[i] + f[1] * ys[i] + f[2] * zs[i] + float32(4)
-            scale = FOCAL / depth
-            x = (scale * (r[0] * xs[i] + r[1] * ys[i] + r[2] * zs[i]) * half + half) * side
-            y = (scale * (u[0] * xs[i] + u[1] * ys[i] + u[2] * zs[i]) * half + half) * side
-            x, y = np.rint(x * float32(256)) * float32(1 / 256), np.rint(y * float32(256)) * float32(1 / 256)
-            seen = (depth >= near) & (depth <= far) & (x >= 0) & (x < side) & (y >= 0) & (y < side)
-            columns[i] = int(np.floor(x + corner)) if seen else size
-            rows[i] = int(np.floor(y + corner)) if seen else size
-        for i in range(n):
-            for row in range(max(rows[i], 0), min(rows[i] + point_size, size)):
-                for column in range(max(columns[i], 0), min(columns[i] + point_size, size)): images[v, row, column] = 255
+            if columns[i] == limits[2]: continue
+            left, bottom = int(columns[i]), int(rows[i])
+            if point_size == 1: images[v, bottom, left] = 255       # the usual point, without two loops of one turn
+            else:
+                for row in range(max(bottom, 0), min(bottom + point_size, size)):
+                    for column in range(max(left, 0), min(left + point_size, size)): images[v, row, column] = 255
 
+# %% ../nbs/13_ifs3d.ipynb #541d7642
 def project_views(
     points,               # [3, n], its mean near the origin
     cameras,              # float32 [views, 3, 3]: rows right, up, forward of each
