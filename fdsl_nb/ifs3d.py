@@ -7,7 +7,7 @@ __all__ = ['COLUMNS', 'FOCAL', 'WEIGHT_ROWS', 'weighted', 'points_3d', 'publishe
            'canonical_system', 'project_views', 'ring_camera', 'render_views', 'sphere_camera', 'weight_table',
            'MVFractalDB', 'ExFractalDB', 'OFDB3D']
 
-# %% ../nbs/13_ifs3d.ipynb #dd0db1b9
+# %% ../nbs/13_ifs3d.ipynb #6dd882c7
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from numba import njit, float32
 from .rng import CATEGORY, CounterRandom, NumpyRandom, PythonRandom, unit
 from .formula import Formula, Sample, knob
-from .categories import category_cache, check_category, load_categories, save_categories, search_parallel
+from .categories import category_cache, check_category, load_categories, search_parallel
 
 # %% ../nbs/13_ifs3d.ipynb #10f7f06f
 COLUMNS = (*'abcdefghijkl', 'p')        # of a system: matrix row by row, shift, probability
