@@ -100,7 +100,7 @@ class Precision(Callback):
     def before_batch(self): self.context.__enter__()
     def after_loss(self): self.context.__exit__(None, None, None)
 
-# %% ../nbs/35_learner.ipynb #e5c9da19
+# %% ../nbs/35_learner.ipynb #e15dc702
 class StopOnNonFinite(Callback):
     "`FloatingPointError` when the training loss is not finite."
     order, run_valid, look_every = 10, False, 50
@@ -109,7 +109,7 @@ class StopOnNonFinite(Callback):
     def after_train(self): self.look()
     def look(self):
         if not torch.isfinite(self.learn.loss):
-            raise FloatingPointError(f'loss={float(self.learn.loss)} at epoch {self.learn.epoch}, step {self.learn.steps_done}; '
+            raise FloatingPointError(f'loss={self.learn.loss.item()} at epoch {self.learn.epoch}, step {self.learn.steps_done}; '
                 'lower lr, clip the gradient or use precision=float32')
 
 # %% ../nbs/35_learner.ipynb #3983901a
@@ -138,7 +138,7 @@ class Sums(Callback):
         result = self.counter.result()
         self.learn.evaluation = result if result.images else None
 
-# %% ../nbs/35_learner.ipynb #c00cbeca
+# %% ../nbs/35_learner.ipynb #9c6d6a72
 class Records(Callback):
     "After each epoch: a row, a line and checkpoints in the run's folder."
     order = 60
@@ -147,7 +147,7 @@ class Records(Callback):
         learn, found = self.learn, self.learn.evaluation
         row = dict(epoch=learn.epoch, train_loss=learn.train_loss)
         if found: row |= dict(eval_loss=found.loss, eval_top1=found.top1, eval_top5=found.top5)
-        row |= dict(lr=learn.opt.opt.param_groups[0]['lr'])
+        learn.row = row = row | dict(lr=learn.opt.opt.param_groups[0]['lr'])
         if rank() == 0:
             save_epoch(learn, self.folder, self.r, row, self.settings)
             add_epoch(self.folder, row)
