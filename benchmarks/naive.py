@@ -7,6 +7,7 @@ programs' C package costs; chance is Python's own generator, as there.
 import math, random
 import numpy as np
 from PIL import Image, ImageDraw
+from fdsl_nb import ifs
 from fdsl_nb.ifs3d import FOCAL, weight_table, weighted
 from fdsl_nb.raster import PERMUTATION
 
@@ -93,3 +94,42 @@ def space(family, c, k):
     maps = weighted(family.category(c), weight_table(family.rows)[row])
     cloud = space_game(maps, np.random.RandomState(row).random_sample(family.points))
     return space_view(cloud, family.camera(view, family.instance_stream(c, k)), family.size)
+
+
+# Fractals in the plane: FractalDB, 2D-OFDB, 1p-frac (11a_chaos_game, 12_ifs)
+
+def plane_game(maps, picks):
+    "The points of a 2-D system, the origin first, as two arrays."
+    x = y = 0.0
+    xs, ys, limits = [x], [y], np.cumsum(maps[:, 6]).tolist()
+    maps = maps.tolist()
+    for pick in picks[:-1].tolist():
+        for (a, b, c, d, e, f, _), limit in zip(maps, limits):
+            if pick <= limit:
+                x, y = x * a + y * b + e, x * c + y * d + f
+                break
+        xs.append(x)
+        ys.append(y)
+    return np.array(xs), np.array(ys)
+
+def plane_pixels(v, size, padding):
+    "One coordinate stretched to the picture."
+    if v.min() < 0: v = v - v.min()
+    return np.uint16(v / (v.max() - v.min()) * float(size - 2 * padding) + float(padding)).tolist()
+
+def plane_image(maps, size, points, padding, full, rng):
+    "A grey picture of three channels, a random patch pasted for each point."
+    xs, ys = plane_game(maps, np.random.RandomState(100).random_sample(points))
+    page = Image.new('RGB', (size, size))
+    for x, y in zip(plane_pixels(xs, size, padding), plane_pixels(ys, size, padding)):
+        mask, patch = f'{511 if full else rng.randrange(1, 512):09b}', np.zeros((3, 3, 3), np.uint8)
+        for row in range(3):
+            for column in range(3): patch[row, column] = 127 * int(mask[3 * row + column])
+        page.paste(Image.fromarray(patch), (x + 1, y + 1))
+    return np.array(page.transpose(Image.FLIP_TOP_BOTTOM))
+
+def plane(family, c, k):
+    "Image (c, k) of FractalDB, 2D-OFDB or 1p-frac, before its flip: its canonical maps, with NumPy's and Python's generators."
+    maps = family.category(c)
+    if isinstance(family, ifs.FractalDB): maps = maps * [*ifs.weight_table(family.weight)[family.variant(k).weight_row], 1]
+    return plane_image(maps, family.size, family.points, family.padding, getattr(family, 'mask_mode', '') == 'fill', random.Random(f'{c} {k}'))

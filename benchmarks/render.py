@@ -27,6 +27,9 @@ class Family(NamedTuple):
 FAMILIES = (
     Family('rcdb', naive.contours, 192),
     Family('visualatom', naive.contours, 96),
+    Family('fractaldb', naive.plane, 6),
+    Family('ofdb2d', naive.plane, 6),
+    Family('onepfrac', naive.plane, 12),
     Family('exfractaldb', naive.space, 48),     # places far apart: each image pays for its whole cloud
     Family('mvfractaldb', naive.space, 48),
 )

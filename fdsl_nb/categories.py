@@ -53,7 +53,7 @@ def save_categories(
     else: table.to_parquet(path)
     return path
 
-# %% ../nbs/10a_categories.ipynb #e22a5dd9
+# %% ../nbs/10a_categories.ipynb #ffec3a7d
 def _read_folder(path, columns):
     files = sorted(p for p in path.iterdir() if p.suffix == '.csv')
     if not files: raise ValueError(f'{path} holds no .csv file; give a folder of published files or a table')
@@ -70,7 +70,7 @@ def _read_table(path, columns):
     found = [(c, rows[list(columns)].to_numpy(float)) for c, rows in table.groupby('class', sort=True)]
     missing = sorted(set(range(len(found))) - {int(c) for c, _ in found})
     if missing: raise ValueError(f'{path}: class {missing[0]} has no rows; number classes 0 … {len(found) - 1}')
-    return [check_category(maps, columns, f'{path}, class {c}') for c, maps in found]
+    return [check_category(maps, columns, f'{path}, class {c:.0f}') for c, maps in found]
 
 # %% ../nbs/10a_categories.ipynb #c7d0819e
 def load_categories(

@@ -6,7 +6,7 @@
 __all__ = ['weight_table', 'Variant', 'flipped', 'FractalDB', 'OFDB2D', 'sample_system', 'with_probabilities', 'disturbed',
            'OnePFrac']
 
-# %% ../nbs/12_ifs.ipynb #64e87543
+# %% ../nbs/12_ifs.ipynb #26df10b6
 import hashlib, re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from .rng import CATEGORY, CounterRandom, PythonRandom
 from .formula import Formula, Sample, knob
 from .categories import load_categories
-from .chaos import COLUMNS, DRAWS, PALETTE, draw_cloud, play, published_picks, render_ifs, weighted
+from .chaos import COLUMNS, DRAWS, PALETTE, draw_cloud, play, published_picks, render_ifs, weighted, workspace
 from .ifs_search import TRIES, canonical_categories, canonical_category, canonical_picks, check_rate, published_categories, search_categories
 
 # %% ../nbs/12_ifs.ipynb #1f2bdc0d
@@ -93,7 +93,7 @@ def category(self:FractalDB, c:int) -> np.ndarray:
     if self.categories == 'published': return published_categories(self.rate, self.search_points).upto(c + 1)[c]
     return _own(self.categories)[c]
 
-# %% ../nbs/12_ifs.ipynb #da7e497e
+# %% ../nbs/12_ifs.ipynb #9d9dd4da
 @patch
 def variant(self:FractalDB, k:int) -> Variant:
     "Which weights, flip and patch draw instance `k` has."
@@ -105,7 +105,7 @@ def variant(self:FractalDB, k:int) -> Variant:
 def draw(self:FractalDB, c:int, k:int) -> np.ndarray:
     "Image (c, k): uint8 [size, size], or [size, size, 3] where ink is coloured."
     row, flip, draw = self.variant(k)
-    cloud = play(weighted(self.category(c), weight_table(self.weight)[row]), canonical_picks(self.seed, self.points))
+    cloud = play(weighted(self.category(c), weight_table(self.weight)[row]), canonical_picks(self.seed, self.points), workspace(self.points)[:2])
     # the four flips are of one picture, so their patches come from one stream, that of the unflipped instance
     patches = self.instance_stream(c, row + self.rows * self.flips * draw)
     image = flipped(draw_cloud(cloud, self.size, self.draw_type, patches, self.padding), flip)
@@ -264,22 +264,26 @@ class OnePFrac(Formula):
         if not self.spread <= self.sigma <= 3 * self.maps - self.spread:
             raise ValueError(f'onepfrac: sigma={self.sigma} is impossible with maps={self.maps}; give {self.spread} … {3 * self.maps - self.spread}')
 
-# %% ../nbs/12_ifs.ipynb #09d1fd69
+# %% ../nbs/12_ifs.ipynb #9331bed6
+@lru_cache(8)
+def _system(seed, maps, sigma, spread):
+    return with_probabilities(np.round(sample_system(maps, sigma, CounterRandom(seed, CATEGORY, 0, 2), spread)[0], 12))
+
 @patch
 def system(self:OnePFrac) -> np.ndarray:
     "The one system all classes come from: float64 [maps, 7]."
-    return with_probabilities(np.round(sample_system(self.maps, self.sigma, CounterRandom(self.seed, CATEGORY, 0, 2), self.spread)[0], 12))
+    return _system(self.seed, self.maps, self.sigma, self.spread).copy()
 
 @patch
 def _first_lit(self:OnePFrac, base, disturbances, patches, picks):
     "The first disturbance that lights enough, and its picture; `patches` gives the stream of each try."
     for _ in range(TRIES):
         maps = disturbed(base, self.delta, disturbances)
-        image = draw_cloud(play(maps, picks), self.size, 'patch_fill' if self.mask_mode == 'fill' else 'patch_gray', patches(), self.padding)
+        image = draw_cloud(play(maps, picks, workspace(self.points)[:2]), self.size, 'patch_fill' if self.mask_mode == 'fill' else 'patch_gray', patches(), self.padding)
         if np.count_nonzero(image) / image.size > self.pixel_threshold: return maps, image
     raise ValueError(f'onepfrac: no disturbance of the system of seed={self.seed} lights {self.pixel_threshold} of its pixels; give another seed, or a larger sigma')
 
-# %% ../nbs/12_ifs.ipynb #d6f4c1ca
+# %% ../nbs/12_ifs.ipynb #008d6e43
 @lru_cache(8)
 def _disturbed_class(formula, c):
     picks = canonical_picks(formula.seed, formula.points)
@@ -295,7 +299,7 @@ def draw(self:OnePFrac, c:int, k:int) -> np.ndarray:
     "Image (c, k): uint8 [size, size]."
     maps, image = _disturbed_class(self, c)
     if k == 0 or self.mask_mode == 'fill': return image.copy()
-    return draw_cloud(play(maps, canonical_picks(self.seed, self.points)), self.size, 'patch_gray', self.instance_stream(c, k), self.padding)
+    return draw_cloud(play(maps, canonical_picks(self.seed, self.points), workspace(self.points)[:2]), self.size, 'patch_gray', self.instance_stream(c, k), self.padding)
 
 # %% ../nbs/12_ifs.ipynb #1402d47b
 @patch

@@ -7,14 +7,14 @@ __all__ = ['TRIES', 'with_determinants', 'fill_share', 'check_rate', 'first_fill
            'canonical_picks', 'canonical_candidates', 'canonical_category', 'canonical_categories',
            'published_categories']
 
-# %% ../nbs/11b_ifs_search.ipynb #335879a2
+# %% ../nbs/11b_ifs_search.ipynb #274c34a3
 from functools import lru_cache
 from itertools import islice
 import numpy as np
 from .rng import CATEGORY, CounterRandom, NumpyRandom, unit
 from .raster import splat
 from .categories import CategoryStream, category_cache, read_block, search_parallel
-from .chaos import GREY, play, to_pixels
+from .chaos import GREY, play, to_pixels, workspace
 
 # %% ../nbs/11b_ifs_search.ipynb #34708068
 def with_determinants(
@@ -25,14 +25,15 @@ def with_determinants(
     p = abs(a * d - b * c)
     return np.column_stack([a, b, c, d, e, f, p / np.cumsum(p)[-1]])
 
-# %% ../nbs/11b_ifs_search.ipynb #bc039ce1
+# %% ../nbs/11b_ifs_search.ipynb #6d22190e
 def fill_share(
     maps:np.ndarray,      # float64 [maps, 7]
     picks:np.ndarray,     # float64 [points], as `play` takes them
 ) -> float:               # 0 … 1
     "The share of lit pixels in FractalDB's test plot, 512 × 512 with a padding of 6."
-    image, (xs, ys, xrange, yrange) = np.zeros((512, 512), np.uint8), play(maps, picks)
-    splat(image, to_pixels(xs, xrange, 512), to_pixels(ys, yrange, 512), GREY)
+    xs, ys, columns, rows, _ = workspace(len(picks))
+    image, (xs, ys, across, up) = np.zeros((512, 512), np.uint8), play(maps, picks, (xs, ys))
+    splat(image, to_pixels(xs, across, 512, out=columns), to_pixels(ys, up, 512, out=rows), GREY)
     return np.count_nonzero(image) / image.size
 
 # %% ../nbs/11b_ifs_search.ipynb #331ccfc0
