@@ -116,7 +116,7 @@ def _mt_masks(state, out):
 def _word_masks(words, out):
     for i in range(words.size): out[i] = 1 + ((np.uint64(words[i]) * np.uint64(511)) >> np.uint64(32))
 
-# %% ../nbs/11a_chaos_game.ipynb #b363949d
+# %% ../nbs/11a_chaos_game.ipynb #0c16b3da
 def patch_masks(
     rng,                  # `PythonRandom` (published stream) or `CounterRandom` (canonical)
     n:int,                # how many
@@ -125,7 +125,7 @@ def patch_masks(
     "Random 3 × 3 patterns: what `n` calls of `rng.randrange(1, 512)` give, or `1 + below(word, 511)` of a counter stream."
     out = np.empty(n, np.uint16) if out is None else out[:n]
     if isinstance(rng, CounterRandom):
-        for i in range(0, n, 4096): _word_masks(rng.words(min(4096, n - i)), out[i:])
+        for i in range(0, n, 16_384): _word_masks(rng.words(min(16_384, n - i)), out[i:])
     elif hasattr(rng, 'kernel_state'):
         with rng.kernel_state() as state: _mt_masks(state, out)
     else: out[:] = [rng.randrange(1, 512) for _ in range(n)]
