@@ -59,22 +59,26 @@ def below(words:np.ndarray, n:int) -> np.ndarray:
     "Words, uint32, to integers 0 … n - 1: `(u * n) >> 32`, int64 of the same shape."
     return ((words.astype(np.uint64) * np.uint64(n)) >> np.uint64(32)).astype(np.int64)
 
-# %% ../nbs/01_rng.ipynb #0dbe6568
+# %% ../nbs/01_rng.ipynb #1198dce5
 class CounterRandom:
     "One counter stream with the methods of `random.Random` that formulas use."
     def __init__(self,
         seed:int,         # key, 0 … 2**64 - 1
         *address:int,     # up to three words of 32 bits: purpose, class, instance
     ):
-        self.seed, self.address, self.position = seed, (*address, 0, 0, 0)[:3], 0
+        self.seed, self.address, self.position, self._block = seed, (*address, 0, 0, 0)[:3], 0, None
     def __repr__(self): return f'CounterRandom(seed={self.seed}, address={self.address}, position={self.position})'
     def words(self, n:int) -> np.ndarray:
         "The next `n` words, uint32 [n]."
         self.position += n
         return philox(self.seed, self.address, n, self.position - n)
-    def random(self) -> float: return float(unit(self.words(1))[0])
+    def _word(self):
+        self.position, (block, place) = self.position + 1, divmod(self.position, 16)
+        if block != self._block: self._ahead, self._block = philox(self.seed, self.address, 16, 16 * block).tolist(), block
+        return self._ahead[place]
+    def random(self) -> float: return (self._word() >> 8) * 2.0**-24
     def uniform(self, a:float, b:float) -> float: return a + (b - a) * self.random()
-    def randint(self, a:int, b:int) -> int: return a + int(below(self.words(1), b - a + 1)[0])
+    def randint(self, a:int, b:int) -> int: return a + (self._word() * (b - a + 1) >> 32)
     def expovariate(self, rate:float) -> float: return -float(np.log(1.0 - self.random())) / rate
 
 # %% ../nbs/01_rng.ipynb #871e24d7
