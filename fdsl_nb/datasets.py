@@ -6,7 +6,7 @@
 __all__ = ['FormulaDataset', 'DigitsDataset', 'FolderDataset', 'open_dataset', 'Draw', 'permutation', 'EpochBatches', 'seeded',
            'Augmented', 'train_loader', 'Transformed', 'eval_loader']
 
-# %% ../nbs/20_datasets.ipynb #d9b6b91d
+# %% ../nbs/20_datasets.ipynb #bf29b257
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,19 +17,24 @@ import numpy as np, torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import ImageFolder
+from fastcore.basics import patch
 from .settings import did_you_mean
 from .rng import AUGMENT, SHUFFLE, philox, seed_for
 from .formula import Formula, formula, formulas
 
-# %% ../nbs/20_datasets.ipynb #62d36e00
+# %% ../nbs/20_datasets.ipynb #ee9c6930
 class FormulaDataset(Dataset):
     "A formula as a data set: image i is instance i % instances of class i // instances, drawn when asked for."
-    def __init__(self, formula:Formula): self.formula, self.classes = formula, [f'{c:05d}' for c in range(formula.classes)]
-    def __len__(self): return len(self.formula)
-    def label(self, i:int) -> int: return i // self.formula.instances
+    def __init__(self, formula:Formula):
+        self.formula, self.classes = formula, [f'{c:05d}' for c in range(formula.classes)]
+        self.by_chance = hasattr(formula, 'random_view')
+        self.listed = 1 if self.by_chance else formula.instances
+    def __len__(self): return self.formula.classes * self.listed
+    def label(self, i:int) -> int: return i // self.listed
     def __getitem__(self, i:int):
-        c, k = divmod(i, self.formula.instances)
-        return Image.fromarray(self.formula.render(c, k)).convert('RGB'), c
+        c, k = divmod(i, self.listed)
+        image = self.formula.random_view(c, random) if self.by_chance else self.formula.render(c, k)
+        return Image.fromarray(image).convert('RGB'), c
 
 # %% ../nbs/20_datasets.ipynb #4b20b645
 @lru_cache
@@ -85,7 +90,7 @@ def open_dataset(
     near = did_you_mean(name, [*formulas(), 'digits'])
     raise ValueError(f'dataset={name!r} is not known and is not a folder{near}')
 
-# %% ../nbs/20_datasets.ipynb #7123c4a8
+# %% ../nbs/20_datasets.ipynb #7234c9aa
 @dataclass(frozen=True)
 class Draw:
     "One image of an epoch: which epoch, which image, which of its repeats."
@@ -97,11 +102,12 @@ def permutation(
     n:int,                # how many
     seed:int,
     epoch:int,
+    walk:int=0,           # number of the walk through the data within the epoch
 ) -> np.ndarray:          # int64 [n], a shuffle of 0 … n - 1
-    "The order of images in an epoch: a function of (seed, epoch)."
-    return np.argsort(philox(seed, (SHUFFLE, epoch, 0), n), kind='stable')
+    "The order of images in an epoch: a function of (seed, epoch, walk)."
+    return np.argsort(philox(seed, (SHUFFLE, epoch, walk), n), kind='stable')
 
-# %% ../nbs/20_datasets.ipynb #e94ccde9
+# %% ../nbs/20_datasets.ipynb #efd95ec1
 class EpochBatches(Sampler):
     "Batches of `Draw`s for one process; set `.epoch` (and `.first`, a batch to start at) before iterating."
     def __init__(self,
@@ -109,19 +115,24 @@ class EpochBatches(Sampler):
         batch:int,            # images in a global batch, over all processes
         seed:int=0,
         rank:int=0, world:int=1,
-        repeats:int=1,        # times each image appears (repeated augmentation)
-        limit:int=None,       # images an epoch; all if None
+        repeats:int=1,        # times an image appears in a row (repeated augmentation)
+        images:int=None,      # images an epoch, with repeats; n if None, more than n walks through the data again
     ):
         if batch % world: raise ValueError(f'batch={batch} does not divide among {world} processes; choose a multiple')
         self.n, self.batch, self.seed, self.rank, self.world, self.repeats = n, batch, seed, rank, world, repeats
-        self.images, self.epoch, self.first = min(limit or n, n), 0, 0
+        self.images, self.epoch, self.first = images or n, 0, 0
+        self.views = repeats * -(-self.images // (n * repeats))     # most appearances of an image in an epoch
         if len(self) == 0: raise ValueError(f'batch={batch} is larger than the {self.images} images of an epoch; choose a smaller batch')
     def __len__(self): return self.images // self.batch - self.first
-    def __iter__(self):
-        order = permutation(self.n, self.seed, self.epoch)[:-(-self.images // self.repeats)]
-        draws = [(int(i), r) for i in order for r in range(self.repeats)]
-        for b in range(self.first, self.images // self.batch):
-            yield [Draw(self.epoch, i, r) for i, r in draws[b*self.batch + self.rank:(b+1)*self.batch:self.world]]
+
+# %% ../nbs/20_datasets.ipynb #21ae028a
+@patch
+def __iter__(self:EpochBatches):
+    walks = range(self.views // self.repeats)
+    order = np.concatenate([permutation(self.n, self.seed, self.epoch, w) for w in walks])
+    for b in range(self.first, self.images // self.batch):
+        places = range(b * self.batch + self.rank, (b + 1) * self.batch, self.world)
+        yield [Draw(self.epoch, int(order[j // self.repeats]), j // (self.repeats * self.n) * self.repeats + j % self.repeats) for j in places]
 
 # %% ../nbs/20_datasets.ipynb #de99d09c
 @contextmanager
@@ -140,18 +151,18 @@ def seeded(
         np.random.set_state(states[1])
         torch_generator.set_state(states[2])
 
-# %% ../nbs/20_datasets.ipynb #4eac39c5
+# %% ../nbs/20_datasets.ipynb #978c83c0
 class Augmented(Dataset):
     "A data set seen through a random transform whose chance comes from (seed, epoch, image, repeat); indexed by `Draw`s."
-    def __init__(self, images:Dataset, transform:Callable, seed:int=0, repeats:int=1):
-        self.images, self.transform, self.seed, self.repeats = images, transform, seed, repeats
+    def __init__(self, images:Dataset, transform:Callable, seed:int=0, views:int=1):
+        self.images, self.transform, self.seed, self.views = images, transform, seed, views
     def __len__(self): return len(self.images)
     def __getitem__(self, draw:Draw):
-        image, label = self.images[draw.index]
-        with seeded(seed_for(self.seed, AUGMENT, draw.epoch, draw.index * self.repeats + draw.repeat)):
+        with seeded(seed_for(self.seed, AUGMENT, draw.epoch, draw.index * self.views + draw.repeat)):
+            image, label = self.images[draw.index]
             return self.transform(image), label
 
-# %% ../nbs/20_datasets.ipynb #f40c1338
+# %% ../nbs/20_datasets.ipynb #d17f1cef
 def train_loader(
     images:Dataset,
     transform:Callable,   # Pillow image to tensor
@@ -159,7 +170,7 @@ def train_loader(
     workers:int=0,        # worker processes
 ) -> DataLoader:
     "Batches (float32 [b, 3, h, w], int64 [b]) of one process; what they hold does not depend on `workers`."
-    dataset = Augmented(images, transform, batches.seed, batches.repeats)
+    dataset = Augmented(images, transform, batches.seed, batches.views)
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
 
 class Transformed(Dataset):

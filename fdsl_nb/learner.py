@@ -155,7 +155,7 @@ class Records(Callback):
             numbers = ', '.join(f'{k} {v:.4g}' for k, v in row.items() if k != 'epoch')
             print(f'epoch {learn.epoch + 1}/{learn.n_epoch}: {numbers}, {learn.images_per_second:.0f} images/s', flush=True)
 
-# %% ../nbs/35_learner.ipynb #bf407957
+# %% ../nbs/35_learner.ipynb #107f6095
 def save_epoch(
     learn:ResumableLearner,
     folder:RunFolder,
@@ -171,6 +171,7 @@ def save_epoch(
     for name in ['last.pth.tar', *['model_best.pth.tar'] * better]:
         save_checkpoint(folder.file(name), learn.model, arch=r.model, epoch=learn.epoch, optimizer=learn.opt.opt, metric=metric, args=settings, extra=extra)
 
+# %% ../nbs/35_learner.ipynb #28f84621
 def restore(
     learn:ResumableLearner,
     path:Path,            # a checkpoint of this run
@@ -183,7 +184,7 @@ def restore(
     learn.precision.scaler.load_state_dict(saved['amp_scaler'])
     learn.first_epoch, learn.steps_done, learn.best = saved['epoch'] + 1, saved['fdsl']['steps_done'], saved['fdsl']['best']
 
-# %% ../nbs/35_learner.ipynb #e1261c58
+# %% ../nbs/35_learner.ipynb #c3407712
 def fdsl_learner(
     model:torch.nn.Module,
     r:Recipe,
@@ -191,17 +192,16 @@ def fdsl_learner(
     valid=(),             # `eval_loader` of this process; empty if there is nothing to measure on
     classes:int=1000,
     folder:RunFolder=None,# where records go; none are kept if None
-    seed:int=0,
-    device='cpu',
+    seed:int=0, device='cpu',
     settings:dict=None,   # the run's values, kept in checkpoints
-    cbs=(),               # further fastai callbacks
+    cbs=(),               # further callbacks
 ) -> ResumableLearner:
     "A fastai `Learner` that trains by a recipe; `learn.fit(r.epochs)` runs it."
-    model, device = model.to(device), torch.device(device)
-    if world() > 1: model = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None, broadcast_buffers=False)
+    device, model = torch.device(device), model.to(device)
+    if world() > 1: model = DistributedDataParallel(model, broadcast_buffers=False)
     ours = [EveryStep(r, seed), MixBatch(r, classes, seed), Precision(r.precision, device), StopOnNonFinite(), Sums(classes)]
-    if folder: ours.append(Records(folder, r, settings or {}))
-    learn = ResumableLearner(DataLoaders(train, valid), model, Loss(r.smoothing), lr=r.lr, default_cbs=False, cbs=[TrainEvalCallback(), *ours, *cbs],
-        opt_func=lambda params, lr: OptimWrapper(opt=make_optimizer(model, r)))
+    ours += [Records(folder, r, settings or {})] if folder else []
+    optimizer = lambda params, lr: OptimWrapper(opt=make_optimizer(model, r))
+    learn = ResumableLearner(DataLoaders(train, valid), model, Loss(r.smoothing), optimizer, r.lr, default_cbs=False, cbs=[TrainEvalCallback(), *ours, *cbs])
     learn.clip = r.clip
     return learn

@@ -20,7 +20,7 @@ def did_you_mean(
     near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(valid)}"
 
-# %% ../nbs/00_settings.ipynb #1d0e2089
+# %% ../nbs/00_settings.ipynb #612d2501
 @dataclass(frozen=True)
 class Default:
     "One machine default: its section and key in `settings.ini`, its environment variable, type and built-in value."
@@ -36,7 +36,7 @@ DEFAULTS = (
     Default('paths', 'data_root', 'FDSL_DATA_ROOT', 'data'),
     Default('paths', 'output_root', 'FDSL_OUTPUT_ROOT', 'runs'),
     Default('run', 'workers', 'FDSL_WORKERS', 0),
-    Default('run', 'precision', 'FDSL_PRECISION', 'float32', ('float32', 'bfloat16', 'float16')),
+    Default('run', 'precision', 'FDSL_PRECISION', 'recipe', ('recipe', 'float32', 'bfloat16', 'float16')),
     Default('run', 'processes', 'FDSL_PROCESSES', 1),
     Default('wandb', 'mode', 'WANDB_MODE', 'offline', ('offline', 'online', 'disabled')),
     Default('wandb', 'entity', 'WANDB_ENTITY', ''),

@@ -112,22 +112,20 @@ def measure(learn, config, splits, device) -> dict:
     return dict(split=split, correct=e.correct, images=e.images, top1=e.top1, top5=e.top5, loss=e.loss, within_five=e.within_five,
         confusion=e.confusion.tolist(), classes=splits[split].classes)
 
-# %% ../nbs/36_training.ipynb #33eeafde
+# %% ../nbs/36_training.ipynb #a9992d6b
 def run_training(
     config:dict,          # name → `Resolved`; see `resolve` and `RUN`
-) -> dict:                # what `train` returned, with the seconds it took
+) -> dict:                # of `train`, and seconds
     "Runs `train` on as many processes as the configuration says, records status and result, and continues what was interrupted."
     values = {k: v.value for k, v in config.items()}
-    folder = RunFolder(values['folder'])
+    folder, started = RunFolder(values['folder']), time.time()
     if values['restart']: clear(folder)
     refuse_other_run(folder, values, FREE)
     if folder.state == 'done': return json.loads(folder.file('result.json').read_text())
-    started = time.time()
     try:
-        write_config(folder, config)
-        set_status(folder, 'running')
+        write_config(folder, config); set_status(folder, 'running')
         result = launch('fdsl_nb.training:train', values, values['processes'])
-        result['seconds'] = round(time.time() - started, 1)
+        result |= dict(seconds=round(time.time() - started, 1))
         with whole_file(folder.file('result.json'), 'w') as f: json.dump(result, f)
         set_status(folder, 'done')
         return result
