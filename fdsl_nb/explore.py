@@ -35,7 +35,7 @@ def png_bytes(
     Image.fromarray(image).save(buffer, 'PNG', compress_level=1, pnginfo=text)
     return buffer.getvalue()
 
-# %% ../nbs/40_explore.ipynb #26442d1f
+# %% ../nbs/40_explore.ipynb #4742a6bd
 SLIDER_ENDS = dict(rate=0.22, variance=0.08)
 
 def slider_range(
@@ -45,7 +45,7 @@ def slider_range(
     "Where a knob's slider begins and ends, and its step: 1, or a power of ten that gives 100 … 1,000 steps."
     default, whole = row['default'], isinstance(row['default'], int)
     low, limit = -math.inf if row['low'] is None else row['low'], math.inf if row['high'] is None else row['high']
-    high = SLIDER_ENDS.get(row['name']) or (4 * default if default > whole else min(math.sqrt(limit), 1e6))
+    high = SLIDER_ENDS.get(row['name']) or (4 * default if default > whole else max(10, min(math.sqrt(limit), 1e6)))
     high = max(high, default if value is None else value)
     if whole: return max(low, 0), int(min(high, limit)), 1
     step = 10.0 ** (math.floor(math.log10(high)) - 2)
@@ -273,7 +273,7 @@ class LiveOrStill:
         if someone_watches(): return self.widget._repr_mimebundle_()
         return {'image/png': base64.b64encode(self.still()).decode(), 'text/plain': repr(self)}
 
-# %% ../nbs/40_explore.ipynb #fdb599e0
+# %% ../nbs/40_explore.ipynb #5675dde7
 class Explorer(LiveOrStill):
     "Sliders over a family's knobs and the picture they give; `settings`, `cls` and `instance` say where it stands."
     def __init__(self,
@@ -288,14 +288,14 @@ class Explorer(LiveOrStill):
         self.play = widgets.Play(max=10**6, interval=150, layout=widgets.Layout(width='9em'))
         self.moves = widgets.Dropdown(layout=widgets.Layout(width='13.5em'))
         self.picture, self.message = widgets.Image(format='png', width=400, height=400), widgets.HTML()
-        self.panel, self.pages = widgets.VBox(), widgets.Tab()
+        self.panel, self.pages, self.varied = widgets.VBox(), widgets.Tab(), widgets.Dropdown(description='knob')
         left = widgets.VBox([self.picture, self.cls, self.instance, widgets.HBox([self.play, self.moves]), self.message])
         self.widget = widgets.VBox([widgets.HBox([left, widgets.VBox([self.family, self.preset, self.panel])])] + [self.pages] * pages)
         self._connect()
         if pages: self._add_pages()
         self.take(name, **settings)
 
-# %% ../nbs/40_explore.ipynb #d2415fd9
+# %% ../nbs/40_explore.ipynb #418f73f5
 @patch
 @contextmanager
 def _quietly(self:Explorer):
@@ -303,6 +303,7 @@ def _quietly(self:Explorer):
     try: yield
     finally: self.quiet = before
 
+# %% ../nbs/40_explore.ipynb #f514fbfe
 @patch
 def take(self:Explorer, name:str, **settings):
     "Shows family `name` with these knobs, the others at their defaults."
@@ -315,7 +316,9 @@ def take(self:Explorer, name:str, **settings):
         labels = [label for label, values in presets(name).items() if values == changed(name, settings)]
         self.preset.options, self.preset.value = [*presets(name), 'own'], (labels + ['own'])[0]
         self.moves.options = ['class', 'instance', *(n for n, w in self.controls.items() if hasattr(w, 'step') and n not in TYPED)]
-        if self.pages.children: self.varied.options = [n for n, w in self.controls.items() if not isinstance(w, widgets.Text) and n not in TYPED]
+        self.varied.options = [n for n, w in self.controls.items() if not isinstance(w, widgets.Text) and n not in TYPED]
+        # a menu that was empty does not choose by itself
+        self.moves.value, self.varied.value = self.moves.options[0], (*self.varied.options, None)[0]
     self.draw()
 
 # %% ../nbs/40_explore.ipynb #4ce3d452
@@ -360,12 +363,11 @@ def _tick(self:Explorer, count, steps=40):
     value = target.min + share * (target.max - target.min)
     target.value = round(value) if isinstance(target, widgets.IntSlider) else target.min + round((value - target.min) / target.step) * target.step
 
-# %% ../nbs/40_explore.ipynb #8da4c791
+# %% ../nbs/40_explore.ipynb #6ab224b1
 @patch
 def _add_pages(self:Explorer):
     self.sheet, self.views, self.histogram, self.saved = *(widgets.Image(format='png') for _ in range(3)), widgets.HTML()
-    self.varied, self.what = widgets.Dropdown(description='knob'), widgets.Dropdown(options=list(MEASURES), description='measure')
-    self.budget = widgets.Dropdown(options=BUDGETS, description='budget')
+    self.what, self.budget = (widgets.Dropdown(options=list(o), description=d) for o, d in ((MEASURES, 'measure'), (BUDGETS, 'budget')))
     self.count, self.save = (widgets.Button(description=d) for d in ('Draw histograms', 'Save image'))
     self.command, self.python = (widgets.Textarea(description=d, rows=3, layout=widgets.Layout(width='60em')) for d in ('papermill', 'Python'))
     texts = widgets.VBox([self.budget, self.command, self.python, widgets.HBox([self.save, self.saved])])
@@ -376,7 +378,7 @@ def _add_pages(self:Explorer):
     self.count.on_click(self._count)
     self.save.on_click(self._save)
 
-# %% ../nbs/40_explore.ipynb #bdd7f380
+# %% ../nbs/40_explore.ipynb #d38074a7
 @patch
 def show_page(self:Explorer, _=None):
     "Brings the open page up to date."
@@ -390,7 +392,7 @@ def show_page(self:Explorer, _=None):
 
 @patch
 def _count(self:Explorer, _):
-    if self.formula is None: return
+    if not (self.formula and self.varied.value): return
     png = io.BytesIO()
     show_knob(self.family.value, self.settings, self.varied.value, self.what.value).savefig(png, format='png', dpi=90)
     self.histogram.value = png.getvalue()

@@ -1,0 +1,85 @@
+"""From a moved slider to the new bytes in the image widget, for each family, beside drawing with matplotlib, measured in the same run.
+
+    python benchmarks/explore.py [names] [--size N] [--moves N]
+
+Prints milliseconds, the median and the slowest of the moves, of: a knob of the family; the instance; a class seen before; a class never seen, which the fractals
+search for; the same knob with the contact sheet below brought up to date too; and the median of the same picture drawn by matplotlib instead.
+"""
+
+import argparse, io, statistics, time
+from matplotlib.figure import Figure
+from fdsl_nb.explore import Explorer
+from fdsl_nb.formula import formula, formulas
+
+LIMIT = 60                      # ms, what a hand takes for "at once"
+KNOBS = dict(rcdb='drift', visualatom='drift', fractaldb='weight', ofdb2d='points', onepfrac='delta', exfractaldb='far', mvfractaldb='far', ofdb3d='far')
+
+
+def moved(control, values, picture, whole=False):
+    "Milliseconds of each move: until the widget holds new bytes, or (`whole`) until all that hangs on it is done."
+    arrived, took = [], []
+    picture.observe(lambda change: arrived.append(time.perf_counter()), 'value')
+    for value in values:
+        arrived.clear()
+        start = time.perf_counter()
+        control.value = value
+        end = time.perf_counter()
+        # a move that leaves the very same picture sends no bytes; then its whole time counts
+        took.append(1000 * ((end if whole or not arrived else arrived[0]) - start))
+    picture.unobserve_all('value')
+    return took
+
+def spread(slider, moves):
+    "As many values between a slider's ends, none of them where it stands."
+    values = [slider.min + (slider.max - slider.min) * (i + 0.5) / moves for i in range(moves)]
+    return [round(v) for v in values] if isinstance(slider.value, int) else values
+
+def with_matplotlib(f, places):
+    "Milliseconds a picture by matplotlib's `imshow` and `savefig`."
+    took = []
+    for c, k in places:
+        start = time.perf_counter()
+        figure = Figure(figsize=(f.size / 100, f.size / 100))
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.imshow(f.render(c, k), cmap='gray')
+        axes.axis('off')
+        figure.savefig(io.BytesIO(), format='png', dpi=100)
+        took.append(1000 * (time.perf_counter() - start))
+    return took
+
+def measure(name, size, moves):
+    "A row: the columns' milliseconds."
+    explorer = Explorer(name, pages=False, size=size)
+    slider = explorer.controls[KNOBS[name]]
+    values = spread(slider, moves)
+    moved(slider, values[:1], explorer.picture)                 # compiles
+    knob = moved(slider, values, explorer.picture)
+    explorer.take(name, size=size)
+    instance = moved(explorer.instance, [1 + i for i in range(min(moves, explorer.instance.max))], explorer.picture)
+    # classes of its own: families share searches, and what one has found the next would not search
+    first = 100 * (1 + list(KNOBS).index(name))
+    fresh = moved(explorer.cls, range(first, first + moves), explorer.picture)
+    known = moved(explorer.cls, range(first + moves - 2, first - 1, -1), explorer.picture)
+    paged = Explorer(name, size=size)
+    sheet = moved(paged.controls[KNOBS[name]], values, paged.picture, whole=True)
+    slow = with_matplotlib(formula(name, size=size), [(200 + i, 0) for i in range(moves)])
+    return knob, instance, known, fresh, sheet, slow
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('names', nargs='*', help='families; all when none is given')
+    parser.add_argument('--size', type=int, default=512, help='side of the image, pixels')
+    parser.add_argument('--moves', type=int, default=40, help='of each slider, at most 100')
+    args = parser.parse_args()
+    if not 2 <= args.moves <= 100: parser.error(f'--moves {args.moves} is not in 2 … 100')
+    for name in args.names:
+        if name not in KNOBS: parser.error(f'{name!r} is not known; known: {", ".join(formulas())}')
+    heads = 'knob', 'instance', 'class, seen', 'class, new', 'knob + sheet', 'matplotlib'
+    print(f'{"ms, median / slowest":22}' + ''.join(f'{head:>16}' for head in heads))
+    for name in args.names or KNOBS:
+        row = measure(name, args.size, args.moves)
+        cells = [f'{statistics.median(took):.1f} / {max(took):.1f}' if took else '–' for took in row]
+        slow = sum(t > LIMIT for took in row[:4] for t in took)
+        print(f'{name:22}' + ''.join(f'{cell:>16}' for cell in cells) + f'   {slow} of {sum(map(len, row[:4]))} above {LIMIT} ms', flush=True)
+
+if __name__ == '__main__': main()
