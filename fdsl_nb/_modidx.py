@@ -596,4 +596,14 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fdsl_nb.training.open_splits': ('training.html#open_splits', 'fdsl_nb/training.py'),
                                   'fdsl_nb.training.read_recipe': ('training.html#read_recipe', 'fdsl_nb/training.py'),
                                   'fdsl_nb.training.run_training': ('training.html#run_training', 'fdsl_nb/training.py'),
-                                  'fdsl_nb.training.train': ('training.html#train', 'fdsl_nb/training.py')}}}
+                                  'fdsl_nb.training.train': ('training.html#train', 'fdsl_nb/training.py')},
+            'fdsl_nb.verify': { 'fdsl_nb.verify.Finding': ('verify.html#finding', 'fdsl_nb/verify.py'),
+                                'fdsl_nb.verify._sha_of': ('verify.html#_sha_of', 'fdsl_nb/verify.py'),
+                                'fdsl_nb.verify._unreadable': ('verify.html#_unreadable', 'fdsl_nb/verify.py'),
+                                'fdsl_nb.verify.check_class': ('verify.html#check_class', 'fdsl_nb/verify.py'),
+                                'fdsl_nb.verify.check_parts': ('verify.html#check_parts', 'fdsl_nb/verify.py'),
+                                'fdsl_nb.verify.check_shard': ('verify.html#check_shard', 'fdsl_nb/verify.py'),
+                                'fdsl_nb.verify.mend_part': ('verify.html#mend_part', 'fdsl_nb/verify.py'),
+                                'fdsl_nb.verify.repair': ('verify.html#repair', 'fdsl_nb/verify.py'),
+                                'fdsl_nb.verify.source_of': ('verify.html#source_of', 'fdsl_nb/verify.py'),
+                                'fdsl_nb.verify.verify': ('verify.html#verify', 'fdsl_nb/verify.py')}}}

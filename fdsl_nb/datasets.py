@@ -6,11 +6,12 @@
 __all__ = ['FormulaDataset', 'DigitsDataset', 'FolderDataset', 'open_dataset', 'Draw', 'permutation', 'EpochBatches', 'seeded',
            'Augmented', 'train_loader', 'Transformed', 'eval_loader']
 
-# %% ../nbs/20_datasets.ipynb #bf29b257
+# %% ../nbs/20_datasets.ipynb #e92b78e7
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 import random
 import numpy as np, torch
@@ -75,9 +76,9 @@ class FolderDataset(Dataset):
     def label(self, i:int) -> int: return self.files.targets[i]
     def __getitem__(self, i:int): return self.files[i]
 
-# %% ../nbs/20_datasets.ipynb #38fbd400
+# %% ../nbs/20_datasets.ipynb #8bc58cb1
 def open_dataset(
-    name:str,             # a formula's name, 'module:Class', 'digits', or the path of a folder
+    name:str,             # a formula's name, 'module:Class', 'digits', or the path of a folder, archive or shards
     split:str='train',    # train, val or test
     **knobs,              # for a formula: its fields
 ) -> Dataset|None:        # gives (Pillow image RGB, class); has .classes and .label(i); None where the split does not exist
@@ -85,6 +86,8 @@ def open_dataset(
     if name in formulas() or (':' in str(name) and not Path(name).exists()):
         return FormulaDataset(formula(name, **knobs)) if split == 'train' else None
     if name == 'digits': return DigitsDataset(split)
+    shards = import_module('fdsl_nb.shards')
+    if shards.find_stored(name, split): return shards.open_stored(name, split)
     if Path(name).is_dir():
         return None if split != 'train' and not (Path(name)/split).is_dir() else FolderDataset(name, split)
     near = did_you_mean(name, [*formulas(), 'digits'])
