@@ -21,8 +21,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: env       ## minutes on a CPU: pre-train on RCDB drawn online, fine-tune on digits, three seeds
 	$(BIN)/fdsl run pretrain -p dataset rcdb -p run demo/pretrain
 	$(BIN)/fdsl run finetune -p dataset digits -p weights runs/demo/pretrain/last.pth.tar -p seeds 3 -p run demo/finetune
+	$(BIN)/jupyter nbconvert --to html --log-level ERROR runs/demo/*/*.ipynb
 	@echo 'The reports, executed notebooks with curves and tables:'
-	@ls runs/demo/pretrain/*.ipynb runs/demo/finetune/*.ipynb
+	@ls runs/demo/*/*.html
 
 test: env       ## house rules, then the notebooks, then every test that is not slow
 	$(BIN)/python -m pytest -q tests/test_house.py
