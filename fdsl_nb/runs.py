@@ -68,7 +68,7 @@ class WhereParameters:
     restart: bool = parameter(False, 'replace the run that the folder holds instead of continuing it')
     wandb_mode: str = parameter(None, 'offline, online or disabled')
 
-# %% ../nbs/41_runs.ipynb #53ccbfc3
+# %% ../nbs/41_runs.ipynb #edebb0de
 @dataclass(frozen=True)
 class PretrainParameters(WhereParameters, HowParameters, WhatParameters):
     "What `pretrain.ipynb` may be asked."
@@ -85,6 +85,7 @@ class FinetuneParameters(WhereParameters, HowParameters, WhatParameters):
     scratch: bool = parameter(True, 'also train from random weights under the same budget')
     seeds: int = parameter(1, 'repeat with this many seeds')
 
+# %% ../nbs/41_runs.ipynb #f9b3bad1
 @dataclass(frozen=True)
 class ExploreParameters:
     "What `explore.ipynb` may be asked."

@@ -81,6 +81,7 @@ def test_the_command_trains_on_what_is_shown(name, tmp_path):
 
 def test_the_command_says_only_what_differs():
     assert as_command('rcdb', dict(drift=0.1, seed=0)).endswith('-p dataset rcdb')
+    assert as_command('rcdb', dict(seed=7)).endswith('-p dataset rcdb -p seed 7'), 'the seed is also that of the training'
     assert as_command('rcdb', dict(drift=0.2)).split(' && ')[0] != as_command('rcdb', dict(drift=0.3)).split(' && ')[0], 'one folder for two formulas'
 
 @each_family
@@ -186,6 +187,11 @@ def test_own_settings_are_shown_and_stretch_their_slider():
     explorer = explore('visualatom', vertices_max=9000, size=32)
     assert explorer.controls['vertices_max'].value == explorer.controls['vertices_max'].max == 9000 and explorer.preset.value == 'own'
     assert explorer.settings == dict(vertices_max=9000, size=32)
+
+def test_numbers_read_as_they_were_meant():
+    explorer = Explorer('rcdb', pages=False, size=32)
+    explorer.controls['drift'].value = 0.1 + 0.2
+    assert explorer.settings == dict(drift=0.3, size=32)
 
 def test_the_player_runs_there_and_back():
     explorer = Explorer('rcdb', pages=False, size=32, classes=3)
