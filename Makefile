@@ -28,14 +28,14 @@ demo: env       ## minutes on a CPU: pre-train on RCDB drawn online, fine-tune o
 test: env       ## house rules, then the notebooks, then every test that is not slow
 	$(BIN)/python -m pytest -q tests/test_house.py
 	$(MAKE) --no-print-directory notebooks
-	$(BIN)/python -m pytest -q -m 'not slow' --ignore=tests/test_house.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not slow' --ignore=tests/test_house.py
 
 campaign: env   ## the slow tests: minutes each
 	$(BIN)/python -m pytest -m slow
 
 # Notebooks without a number are papermill runs: pytest runs them, with small values.
 notebooks: env  ## run every cell of the numbered notebooks
-	$(BIN)/nbdev-test --file-glob '[0-9]*.ipynb' --n-workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --file-glob '[0-9]*.ipynb' --n-workers 2
 
 prepare: env    ## before a commit: clean the notebooks, then write the modules they export
 	$(BIN)/nbdev-clean

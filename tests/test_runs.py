@@ -20,11 +20,11 @@ from fdsl_nb.folder import RunFolder, read_config, read_summary
 from fdsl_nb.runs import NOTEBOOKS, check_parameters
 
 NBS = Path(__file__).parent.parent/'nbs'
-SMALL = dict(classes=4, instances=32, batch=32, epochs=3, warmup_epochs=0)   # a few seconds of training
+SMALL = dict(dataset='rcdb', seed=3, classes=4, instances=160, batch=32, epochs=3, warmup_epochs=0, mixup=0.5, drop_path=0.1, erasing=0.25)   # seconds; every kind of chance on
 
 
 def environment(**more):
-    return {**os.environ, 'WANDB_MODE': 'disabled', 'MPLBACKEND': 'agg', **more}
+    return {**os.environ, 'WANDB_MODE': 'disabled', 'OMP_NUM_THREADS': '1', **more}
 
 
 def command(notebook, folder, **parameters):
@@ -50,7 +50,7 @@ def assert_same_weights(one, other):
 @pytest.fixture(scope='module')
 def pretrained(tmp_path_factory):
     folder = tmp_path_factory.mktemp('pretrained')
-    done = papermill('pretrain', folder, dataset='rcdb', seed=3, **SMALL)
+    done = papermill('pretrain', folder, **SMALL)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -82,8 +82,7 @@ def test_pretraining_leaves_everything(pretrained):
 def test_parameters_other_than_the_defaults_take_effect(pretrained):
     config = json.loads((pretrained/'config.json').read_text())
     assert config['epochs'] == dict(value=3, source='parameter') and config['seed'] == dict(value=3, source='parameter')
-    assert config['knobs']['value'] == dict(classes=4, instances=32, size=config['knobs']['value']['size'], seed=3) | {
-        k: v for k, v in config['knobs']['value'].items() if k not in ('classes', 'instances', 'size', 'seed')}
+    assert config['knobs']['value'] == dict(classes=4, instances=160, size=256, start_range=100, seed=3)
     assert [r['epoch'] for r in read_summary(RunFolder(pretrained))] == [0, 1, 2]
     assert weights(pretrained)['head.weight'].shape[0] == 4
     assert vars(read_checkpoint(pretrained/'last.pth.tar')['args'])['dataset'] == 'rcdb'
@@ -135,7 +134,7 @@ def test_a_slip_does_not_spoil_a_finished_run(pretrained):
 
 
 def test_another_run_in_the_same_folder_is_refused(pretrained):
-    done = papermill('pretrain', pretrained, dataset='rcdb', seed=3, **SMALL | dict(epochs=5))
+    done = papermill('pretrain', pretrained, **SMALL | dict(epochs=5))
     assert done.returncode == 1 and 'epochs=3 there, epochs=5 here; choose another folder, or pass restart=True' in done.stderr
     assert RunFolder(pretrained).state == 'done' and read_config(RunFolder(pretrained))['epochs'] == 3
 
@@ -147,7 +146,7 @@ def test_the_command_checks_before_a_kernel_starts(tmp_path):
 
 
 def test_the_command_runs_and_chooses_the_folder(tmp_path):
-    fdsl = [str(Path(sys.executable).parent/'fdsl'), 'run', 'pretrain', '-p', 'dataset', 'rcdb']
+    fdsl = [str(Path(sys.executable).parent/'fdsl'), 'run', 'pretrain']
     words = [w for k, v in (SMALL | dict(epochs=1)).items() for w in ('-p', k, str(v))]
     done = subprocess.run([*fdsl, *words], capture_output=True, text=True, env=environment(FDSL_OUTPUT_ROOT=str(tmp_path)), timeout=300)
     assert done.returncode == 0, done.stderr
@@ -168,7 +167,7 @@ def kill_after_first_epoch(words, sent):
 
 
 def test_sigterm_ends_every_process_and_the_run_goes_on(tmp_path):
-    given = dict(dataset='rcdb', processes=2, **SMALL | dict(instances=320))
+    given = SMALL | dict(processes=2)
     (tmp_path/'killed').mkdir()
     family, alive = kill_after_first_epoch(command('pretrain', tmp_path/'killed', **given), signal.SIGTERM)
     assert len(family) >= 4, 'kernel, launcher and two ranks were expected'
@@ -180,16 +179,13 @@ def test_sigterm_ends_every_process_and_the_run_goes_on(tmp_path):
     assert 'continuing after epoch' in (tmp_path/'killed'/'pretrain.ipynb').read_text()
 
 
-def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
-    given = dict(dataset='rcdb', mixup=0.5, drop_path=0.1, erasing=0.25, **SMALL | dict(instances=320, epochs=4))
-    (tmp_path/'killed').mkdir()
-    family, alive = kill_after_first_epoch(command('pretrain', tmp_path/'killed', **given), signal.SIGTERM)
+def test_a_resumed_run_ends_with_the_same_weights(pretrained, tmp_path):
+    family, alive = kill_after_first_epoch(command('pretrain', tmp_path, **SMALL), signal.SIGTERM)
     assert alive == []
-    assert papermill('pretrain', tmp_path/'killed', **given).returncode == 0
-    assert papermill('pretrain', tmp_path/'straight', **given).returncode == 0
-    assert 'continuing after epoch' in (tmp_path/'killed'/'pretrain.ipynb').read_text()
-    assert_same_weights(tmp_path/'killed', tmp_path/'straight')
-    assert (tmp_path/'killed'/'summary.csv').read_text() == (tmp_path/'straight'/'summary.csv').read_text()
+    assert papermill('pretrain', tmp_path, **SMALL).returncode == 0
+    assert 'continuing after epoch' in (tmp_path/'pretrain.ipynb').read_text()
+    assert_same_weights(tmp_path, pretrained)
+    assert (tmp_path/'summary.csv').read_text() == (pretrained/'summary.csv').read_text()
 
 
 def test_a_number_is_a_fine_real_and_true_is_not_a_number():
