@@ -1,0 +1,86 @@
+"""Training without papermill: every family, workers and processes against none, epochs by counting."""
+from collections import Counter
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from fdsl_nb.augment import Augmentation, train_transform
+from fdsl_nb.checkpoints import read_checkpoint
+from fdsl_nb.datasets import EpochBatches, seeded
+from fdsl_nb.folder import RunFolder
+from fdsl_nb.formula import formula, formulas
+from fdsl_nb.runs import configuration
+from fdsl_nb.settings import Resolved
+from fdsl_nb.training import run_training
+
+SMALL = dict(budget='demo', epochs=1, batch=16, warmup_epochs=0, wandb_mode='disabled')
+TINY_MODEL = dict(patch_size=8, embed_dim=48, depth=1, num_heads=2)
+
+
+def run(folder, stage='pretrain', **given):
+    config = configuration(stage, SMALL | given, RunFolder(folder))
+    return run_training(config | dict(model_options=Resolved(TINY_MODEL, 'test')))
+
+
+def weights(folder):
+    return read_checkpoint(folder/'last.pth.tar')['state_dict']
+
+
+def differing(one, other):
+    return [k for k in one if not torch.equal(one[k], other[k])]
+
+
+@pytest.mark.parametrize('name', [n for n in formulas() if n != 'disks'])
+def test_every_formula_trains(name, tmp_path):
+    result = run(tmp_path, dataset=name, classes=4, epoch_images=64)
+    assert 0 < result['train_loss'] < 3
+    assert weights(tmp_path)['head.weight'].shape[0] == 4
+
+
+def test_workers_change_nothing(tmp_path):
+    given = dict(dataset='rcdb', classes=4, instances=16, mixup=0.4, erasing=0.5, auto_augment='rand-m9-mstd0.5-inc1')
+    run(tmp_path/'alone', **given)
+    run(tmp_path/'helped', workers=2, **given)
+    assert differing(weights(tmp_path/'alone'), weights(tmp_path/'helped')) == []
+
+
+def test_the_published_augmentation_runs_at_every_strength():
+    image = Image.fromarray(formula('rcdb', size=64).render(0, 0)).convert('RGB')
+    transform = train_transform(Augmentation(image_size=32, auto_augment='rand-m10-mstd0-inc1'))
+    for seed in range(200):
+        with seeded(seed):
+            assert transform(image).shape == (3, 32, 32)
+
+
+def test_another_seed_is_another_run(tmp_path):
+    given = dict(dataset='rcdb', classes=4, instances=16)
+    run(tmp_path/'a', **given)
+    run(tmp_path/'b', seed=1, **given)
+    assert 'patch_embed.proj.weight' in differing(weights(tmp_path/'a'), weights(tmp_path/'b'))
+
+
+def test_two_processes_measure_every_image_once(tmp_path):
+    result = run(tmp_path, 'finetune', dataset='digits', batch=160, processes=2)
+    assert result['images'] == 800 and sum(map(sum, result['confusion'])) == 800
+    assert [json.loads(line)['processes'] for line in (tmp_path/'log.jsonl').read_text().split('\n') if 'start' in line] == [2]
+
+
+@pytest.mark.parametrize('world', (1, 2, 4))
+@pytest.mark.parametrize('repeats, images', ((1, None), (3, None), (1, 240), (3, 240)))
+def test_an_epoch_holds_each_draw_once(world, repeats, images):
+    parts = [EpochBatches(96, 8, rank=r, world=world, repeats=repeats, images=images) for r in range(world)]
+    draws = [d for part in parts for batch in part for d in batch]
+    assert len(draws) == len(set(draws)) == (images or 96)
+    whole = {d for batch in EpochBatches(96, 8, repeats=repeats, images=images) for d in batch}
+    assert set(draws) == whole
+    appearances = Counter(d.index for d in draws)
+    assert max(appearances.values()) <= parts[0].views and (repeats > 1 or min(appearances.values()) == max(1, (images or 96) // 96))
+
+
+def test_a_loss_that_is_no_number_is_a_failed_run(tmp_path):
+    with pytest.raises(FloatingPointError, match='lower lr'):
+        run(tmp_path, dataset='rcdb', classes=4, instances=16, optimizer='sgd', lr=1e38)
+    status = RunFolder(tmp_path).status
+    assert status['state'] == 'failed' and 'loss=' in status['reason'] and not (tmp_path/'last.pth.tar').exists()
