@@ -363,7 +363,7 @@ def _tick(self:Explorer, count, steps=40):
     value = target.min + share * (target.max - target.min)
     target.value = round(value) if isinstance(target, widgets.IntSlider) else target.min + round((value - target.min) / target.step) * target.step
 
-# %% ../nbs/40_explore.ipynb #6ab224b1
+# %% ../nbs/40_explore.ipynb #b2a03825
 @patch
 def _add_pages(self:Explorer):
     self.sheet, self.views, self.histogram, self.saved = *(widgets.Image(format='png') for _ in range(3)), widgets.HTML()
@@ -372,7 +372,7 @@ def _add_pages(self:Explorer):
     self.command, self.python = (widgets.Textarea(description=d, rows=3, layout=widgets.Layout(width='60em')) for d in ('papermill', 'Python'))
     texts = widgets.VBox([self.budget, self.command, self.python, widgets.HBox([self.save, self.saved])])
     self.pages.children = self.sheet, self.views, widgets.VBox([widgets.HBox([self.varied, self.what, self.count]), self.histogram]), texts
-    self.pages.titles, self.pages.selected_index = ('Classes and instances', 'What a transformer sees', 'What a knob does', 'Copy and save'), 0
+    self.pages.titles, self.pages.selected_index = ('Neighbours', "Network's view", 'Over many draws', 'Copy and save'), 0
     self.pages.observe(self.show_page, 'selected_index')
     self.budget.observe(self.show_page, 'value')
     self.count.on_click(self._count)
