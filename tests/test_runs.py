@@ -17,6 +17,7 @@ import torch
 
 from fdsl_nb.checkpoints import read_checkpoint
 from fdsl_nb.folder import RunFolder, read_config, read_summary
+from fdsl_nb.formula import formulas
 from fdsl_nb.runs import NOTEBOOKS, check_parameters
 
 NBS = Path(__file__).parent.parent/'nbs'
@@ -186,6 +187,15 @@ def test_a_resumed_run_ends_with_the_same_weights(pretrained, tmp_path):
     assert 'continuing after epoch' in (tmp_path/'pretrain.ipynb').read_text()
     assert_same_weights(tmp_path, pretrained)
     assert (tmp_path/'summary.csv').read_text() == (pretrained/'summary.csv').read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', formulas())
+def test_papermill_pretrains_on_every_formula(name, tmp_path):
+    done = papermill('pretrain', tmp_path, dataset=name, epochs=2, epoch_images=1280)
+    assert done.returncode == 0, done.stderr
+    losses = [r['train_loss'] for r in read_summary(RunFolder(tmp_path))]
+    assert len(losses) == 2 and losses[1] < losses[0]
 
 
 def test_a_number_is_a_fine_real_and_true_is_not_a_number():
