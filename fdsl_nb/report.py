@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['kept', 'show_samples', 'show_curves', 'starts', 'run_starts', 'summarise', 'show_starts', 'show_ends']
 
-# %% ../nbs/42_report.ipynb #5643e9bf
+# %% ../nbs/42_report.ipynb #2fa9d53b
 from itertools import islice
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -13,14 +13,16 @@ from .settings import Resolved
 from .formula import show_grid
 from .datasets import Augmented, Draw, open_dataset
 from .augment import train_transform
+from .distributed import found_ranks
 from .evaluate import Evaluation, show_confusion
 from .folder import RunFolder, read_summary
 from .training import read_recipe, run_training
 
-# %% ../nbs/42_report.ipynb #7c9d9217
+# %% ../nbs/42_report.ipynb #f6ed874b
 def kept(figure, config:dict, name:str):
-    "Saves a figure as `name` in the run's folder and returns it."
-    folder = Path(config['folder'].value)
+    "Saves a figure as `name` in the run's folder (process 0 does) and returns it."
+    folder, ranks = Path(config['folder'].value), found_ranks()
+    if ranks and ranks['rank']: return figure
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder/name, dpi=100)
     return figure

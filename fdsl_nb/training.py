@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RUN', 'FREE', 'RECORDS', 'read_recipe', 'open_splits', 'make_model', 'architecture_of', 'make_loaders', 'WandbLog',
-           'train', 'measure', 'run_training', 'clear']
+           'train', 'measure', 'run_training', 'read_result', 'recorded', 'clear']
 
-# %% ../nbs/36_training.ipynb #406cbbcf
+# %% ../nbs/36_training.ipynb #14c22a50
 import json, time, uuid
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +17,7 @@ from timm.utils import unwrap_model
 from .augment import eval_transform, train_transform
 from .checkpoints import load_weights, read_checkpoint
 from .datasets import EpochBatches, eval_loader, open_dataset, train_loader
-from .distributed import join, launch, rank, world
+from .distributed import found_ranks, join, launch, rank, world
 from .evaluate import evaluate
 from .folder import RunFolder, log_event, read_summary, refuse_other_run, set_status, whole_file, write_config
 from .learner import fdsl_learner, restore
@@ -112,20 +112,32 @@ def measure(learn, config, splits, device) -> dict:
     return dict(split=split, correct=e.correct, images=e.images, top1=e.top1, top5=e.top5, loss=e.loss, within_five=e.within_five,
         confusion=e.confusion.tolist(), classes=splits[split].classes)
 
-# %% ../nbs/36_training.ipynb #a9992d6b
+# %% ../nbs/36_training.ipynb #0efc1106
 def run_training(
     config:dict,          # name → `Resolved`; see `resolve` and `RUN`
 ) -> dict:                # of `train`, and seconds
     "Runs `train` on as many processes as the configuration says, records status and result, and continues what was interrupted."
     values = {k: v.value for k, v in config.items()}
-    folder, started = RunFolder(values['folder']), time.time()
+    folder = RunFolder(values['folder'])
+    ranks = found_ranks()
+    if ranks and ranks['rank']:      # a rank that a cluster's launcher made: process 0 keeps the records
+        return read_result(folder) if folder.state == 'done' and not values['restart'] else train(values)
     if values['restart']: clear(folder)
     refuse_other_run(folder, values, FREE)
-    if folder.state == 'done': return json.loads(folder.file('result.json').read_text())
+    if folder.state == 'done': return read_result(folder)
+    return recorded(folder, config, values)
+
+# %% ../nbs/36_training.ipynb #5c368389
+def read_result(folder:RunFolder) -> dict: return json.loads(folder.file('result.json').read_text())
+
+def recorded(folder:RunFolder, config:dict, values:dict) -> dict:
+    "Launches `train`, keeping `config.json`, `status.json` and `result.json` true."
+    started = time.time()
     try:
-        write_config(folder, config); set_status(folder, 'running')
+        write_config(folder, config)
+        set_status(folder, 'running')
         result = launch('fdsl_nb.training:train', values, values['processes'])
-        result |= dict(seconds=round(time.time() - started, 1))
+        result['seconds'] = round(time.time() - started, 1)
         with whole_file(folder.file('result.json'), 'w') as f: json.dump(result, f)
         set_status(folder, 'done')
         return result
