@@ -47,10 +47,10 @@ def make_schedule(
         step_on_epochs=not r.per_step, updates_per_epoch=steps)
     return schedule
 
-# %% ../nbs/35_learner.ipynb #dd28c01a
+# %% ../nbs/35_learner.ipynb #d6dae185
 class ResumableLearner(Learner):
     "fastai's `Learner`; `fit` starts at `first_epoch`, with `steps_done` optimizer steps behind it."
-    first_epoch, steps_done, best, clip, scaler = 0, 0, None, 0., torch.amp.GradScaler('cpu', enabled=False)
+    first_epoch, steps_done, best, row, clip, scaler = 0, 0, None, {}, 0., torch.amp.GradScaler('cpu', enabled=False)
     def _do_fit(self):
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch

@@ -80,11 +80,12 @@ class WandbLog(Callback):
     def after_epoch(self): self.run.log(self.learn.row, step=self.learn.epoch)
     def after_fit(self): self.run.finish()
 
-# %% ../nbs/36_training.ipynb #7a978b5b
+# %% ../nbs/36_training.ipynb #05b6f31c
 def train(
     config:dict,          # fields of a `Recipe` and of `RUN`, plain data
-) -> dict:                # epochs, loss, and where there is something to measure on: correct, images, top1, top5, confusion
+) -> dict:                # epochs, train_loss, seconds; with something to measure on: correct, images, top1, top5, confusion, …
     "Trains by a configuration in `config['folder']`, continuing if it holds a checkpoint; every process of a run calls it."
+    started = time.time()
     with join() as device:
         r, folder = read_recipe(config), RunFolder(config['folder'])
         splits = open_splits(config)
@@ -96,7 +97,8 @@ def train(
         if folder.file('last.pth.tar').exists(): restore(learn, folder.file('last.pth.tar'))
         if rank() == 0 and learn.first_epoch: print(f'continuing after epoch {learn.first_epoch}', flush=True)
         learn.fit(r.epochs)
-        return measure(learn, config, splits, device) | dict(epochs=r.epochs, train_loss=read_summary(folder)[-1]['train_loss'])
+        found = measure(learn, config, splits, device)
+        return found | dict(epochs=r.epochs, train_loss=(learn.row or read_summary(folder)[-1])['train_loss'], seconds=round(time.time() - started, 1))
 
 # %% ../nbs/36_training.ipynb #73a9ab67
 def measure(learn, config, splits, device) -> dict:
@@ -112,10 +114,10 @@ def measure(learn, config, splits, device) -> dict:
     return dict(split=split, correct=e.correct, images=e.images, top1=e.top1, top5=e.top5, loss=e.loss, within_five=e.within_five,
         confusion=e.confusion.tolist(), classes=splits[split].classes)
 
-# %% ../nbs/36_training.ipynb #0efc1106
+# %% ../nbs/36_training.ipynb #e757e86c
 def run_training(
     config:dict,          # name → `Resolved`; see `resolve` and `RUN`
-) -> dict:                # of `train`, and seconds
+) -> dict:                # of `train`
     "Runs `train` on as many processes as the configuration says, records status and result, and continues what was interrupted."
     values = {k: v.value for k, v in config.items()}
     folder = RunFolder(values['folder'])
@@ -127,17 +129,15 @@ def run_training(
     if folder.state == 'done': return read_result(folder)
     return recorded(folder, config, values)
 
-# %% ../nbs/36_training.ipynb #5c368389
+# %% ../nbs/36_training.ipynb #bf035dc0
 def read_result(folder:RunFolder) -> dict: return json.loads(folder.file('result.json').read_text())
 
 def recorded(folder:RunFolder, config:dict, values:dict) -> dict:
     "Launches `train`, keeping `config.json`, `status.json` and `result.json` true."
-    started = time.time()
     try:
         write_config(folder, config)
         set_status(folder, 'running')
         result = launch('fdsl_nb.training:train', values, values['processes'])
-        result['seconds'] = round(time.time() - started, 1)
         with whole_file(folder.file('result.json'), 'w') as f: json.dump(result, f)
         set_status(folder, 'done')
         return result
