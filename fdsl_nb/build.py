@@ -171,15 +171,15 @@ def refuse_other_build(job:Job):
             a, b = theirs[section].get(key), ours[section].get(key)
             if a != b: raise ValueError(f'out={str(out)!r} holds another build: {section} {key}={a!r} there, {b!r} here; choose a new folder, or build with that')
 
-# %% ../nbs/21_build.ipynb #d894fcbc
+# %% ../nbs/21_build.ipynb #72a60595
 @contextmanager
 def _locked(out):
     import fcntl
     with open(out/'.lock', 'w') as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: raise ValueError(f'out={str(out)!r}: another process is building there now; wait for it or choose another folder') from None
-        yield
-        (out/'.lock').unlink(missing_ok=True)
+        try: yield
+        finally: (out/'.lock').unlink(missing_ok=True)
 
 def _clear_leftovers(job):
     out = Path(job.out)
@@ -261,17 +261,18 @@ def _extra(module, extra):
     try: return import_module(module)
     except ImportError: raise ImportError(f'{module} is not installed; install the extra: fdsl_nb[{extra}]') from None
 
-# %% ../nbs/21_build.ipynb #0d4c9289
+# %% ../nbs/21_build.ipynb #ae2c4187
 def print_progress(every:float=10.0):
     "A progress function that prints a line every so many seconds, and the last one."
     last = [None]
-    def show(done, total, drawn, seconds):
+    def show(done, total, drawn, seconds, part=None):
         if done < total and last[0] is not None and seconds - last[0] < every: return
         last[0], rate = seconds, drawn / max(seconds, 1e-9)
         left = f', {(total - done) / rate:,.0f} s left' if done < total and drawn else ''
         print(f'{done:,} of {total:,} images, {rate:,.0f} images/s{left}', flush=True)
     return show
 
+# %% ../nbs/21_build.ipynb #59f96e43
 @contextmanager
 def _explained(job, done):
     "Errors of a build, told with what was kept and what to do."
@@ -284,7 +285,7 @@ def _explained(job, done):
         if e.errno not in why: raise
         raise OSError(e.errno, f'{why[e.errno]} ({e.strerror}); {kept()}') from None
 
-# %% ../nbs/21_build.ipynb #e6201e44
+# %% ../nbs/21_build.ipynb #a1975d6d
 def _start_journal(out):
     "The finished parts, and the journal, written anew without what a kill cut short."
     done = _journal(out)
@@ -303,7 +304,7 @@ def _write_missing(job, executor, ahead, progress):
                 journal.write(json.dumps([p, *line]) + '\n')
                 done[p], count = tuple(line), count + line[1]
             journal.flush()
-            progress(count, total, count - before, time.monotonic() - started)
+            progress(count, total, count - before, time.monotonic() - started, p)
     return [done[p] for p in range(job.plan.parts)]
 
 # %% ../nbs/21_build.ipynb #539ab082
@@ -373,14 +374,14 @@ def write_beside(job:Job, workers:int=1):
     with whole_file(out/'contact_sheet.png') as f: contact_sheet(job.source, job.plan).save(f, 'PNG')
     with whole_file(out/'README.md', 'w') as f: f.write(data_card(job))
 
-# %% ../nbs/21_build.ipynb #6b51cb28
+# %% ../nbs/21_build.ipynb #9ac0b742
 def build(
     source:Formula|str,   # a formula, or the name or path of a data set
     out,                  # folder
     split:str='train',    # of a data set by name
     workers:int=None,     # local worker processes, 0 for none; the machine's setting if None
     executor:Executor=None, # instead of local processes; see `open_executor`
-    progress:Callable=None, # told (done, of how many, drawn now, seconds); prints if None
+    progress:Callable=None, # told (done, of how many, drawn now, seconds, part); prints if None
     **arrangement,        # layout, format, shard_images, shard_bytes, seed: see `make_plan`
 ) -> dict:                # images, parts, bytes, folder
     "Writes a data set to disk, or what is missing of it; `ValueError` where the folder holds something else."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'KNOBS', 'parameter', 'WhatParameters', 'HowParameters', 'WhereParameters', 'PretrainParameters',
-           'FinetuneParameters', 'ExploreParameters', 'check_parameters', 'injected', 'declared_values',
-           'executed_path', 'run_folder', 'configuration', 'start_run', 'show_configuration', 'find_notebook',
-           'asked_for', 'planned_command', 'main']
+           'FinetuneParameters', 'ExploreParameters', 'SourceParameters', 'BuildParameters', 'check_parameters',
+           'injected', 'declared_values', 'executed_path', 'run_folder', 'configuration', 'start_run',
+           'show_configuration', 'find_notebook', 'asked_for', 'planned_command', 'main']
 
 # %% ../nbs/41_runs.ipynb #a06f19a1
 import ast, hashlib, json, os, sys
@@ -85,7 +85,7 @@ class FinetuneParameters(WhereParameters, HowParameters, WhatParameters):
     scratch: bool = parameter(True, 'also train from random weights under the same budget')
     seeds: int = parameter(1, 'repeat with this many seeds')
 
-# %% ../nbs/41_runs.ipynb #f9b3bad1
+# %% ../nbs/41_runs.ipynb #e824a7ce
 @dataclass(frozen=True)
 class ExploreParameters:
     "What `explore.ipynb` may be asked."
@@ -94,7 +94,34 @@ class ExploreParameters:
     seed: int = parameter(0, 'of the images')
     knobs: dict = parameter(None, "knobs of the first formula, e.g. papermill -y 'knobs: {drift: 0.2}'")
 
-NOTEBOOKS = dict(pretrain=PretrainParameters, finetune=FinetuneParameters, explore=ExploreParameters)
+# %% ../nbs/41_runs.ipynb #4d60d28b
+@dataclass(frozen=True)
+class SourceParameters:
+    "Which images are written."
+    dataset: str = parameter('rcdb', 'a formula (rcdb, visualatom, …), digits, or a folder, zip or tar of pictures')
+    split: str = parameter('train', 'of a data set that has several')
+    budget: str = parameter('demo', 'demo for 100 classes of 64 small images, paper for the published size')
+    classes: int = parameter(None, 'classes of the formula')
+    instances: int = parameter(None, 'images of each class')
+    size: int = parameter(None, 'side of the drawn image, pixels')
+    seed: int = parameter(0, 'of the images and of the order in shards')
+    knobs: dict = parameter(None, "further knobs of the formula, e.g. papermill -y 'knobs: {drift: 0.2}'")
+
+# %% ../nbs/41_runs.ipynb #684ded97
+@dataclass(frozen=True)
+class BuildParameters(SourceParameters):
+    "What `build.ipynb` may be asked."
+    out: str = parameter(None, 'folder to build in (None for the run folder)')
+    layout: str = parameter('plain', 'plain (CCCCC/CCCCC_IIII.png), published or shards')
+    format: str = parameter('png', 'png, or in shards zstd')
+    shard_images: int = parameter(10_000, 'images of a shard')
+    shard_bytes: int = parameter(None, 'bytes of a shard, about (instead of shard_images)')
+    workers: int = parameter(None, 'worker processes on this machine')
+    scheduler: str = parameter(None, 'dask, mpi or tcp://… where this machine is not enough')
+    run: str = parameter(None, 'name of the run folder (None for the folder of the executed notebook)')
+
+# %% ../nbs/41_runs.ipynb #36aaa1c9
+NOTEBOOKS = dict(pretrain=PretrainParameters, finetune=FinetuneParameters, explore=ExploreParameters, build=BuildParameters)
 
 # %% ../nbs/41_runs.ipynb #6bef4e3a
 def check_parameters(
@@ -149,7 +176,7 @@ def run_folder(
     out = executed_path()
     return RunFolder(out.parent if out else root/f"{notebook}-{Path(str(values.get('dataset'))).name}")
 
-# %% ../nbs/41_runs.ipynb #2eb7c9e9
+# %% ../nbs/41_runs.ipynb #e13b1e37
 KNOBS = ('classes', 'instances', 'size')
 
 def configuration(
@@ -158,11 +185,11 @@ def configuration(
     folder:RunFolder,
 ) -> dict:                # name → `Resolved`: fields of a `Recipe` and of `RUN`
     "Recipe, budget, checkpoint, machine and parameters as one configuration, each value with its source."
-    given = {k: v for k, v in values.items() if v is not None}
-    own = {f.name for f in fields(Recipe)}
-    knobs = {k: given[k] for k in KNOBS if k in given} | given.get('knobs', {})
-    if notebook == 'pretrain': knobs['seed'] = knobs.get('seed', given.get('seed', 0))
-    config = resolve(notebook, {k: v for k, v in given.items() if k in own and k != 'knobs'} | ({'knobs': knobs} if knobs else {}), given.get('recipe'), given['budget'])
+    declared = {f.name: f.default for f in fields(NOTEBOOKS[notebook])}
+    given = {k: v for k, v in values.items() if v != declared[k]}
+    own = {f.name for f in fields(Recipe)} - {'knobs'}
+    knobs = {k: given[k] for k in ('seed', *KNOBS) if k in given and notebook == 'pretrain'} | given.get('knobs', {})
+    config = resolve(notebook, {k: v for k, v in given.items() if k in own} | ({'knobs': knobs} if knobs else {}), given.get('recipe'), values.get('budget', 'demo'))
     if given.get('weights'):
         brought = {k: Resolved(v, 'checkpoint') for k, v in architecture_of(given['weights']).items() if k not in given}
         config |= brought if 'model' not in given else {}
@@ -172,7 +199,7 @@ def configuration(
     config |= {k: Resolved(given[k], 'parameter') for k in (*RUN, 'precision') if k in given}
     return config | dict(stage=Resolved(notebook, 'notebook'), folder=Resolved(str(folder.path), 'output'))
 
-# %% ../nbs/41_runs.ipynb #6e754eb8
+# %% ../nbs/41_runs.ipynb #300f68d5
 def start_run(
     notebook:str,         # pretrain or finetune
     namespace:dict,       # the notebook's globals()
@@ -189,8 +216,10 @@ def start_run(
         raise
 
 def show_configuration(config:dict) -> pd.DataFrame:
-    "The configuration as a table: value and source of each name, what was given by hand first."
-    rows = sorted(config.items(), key=lambda item: (item[1].source not in ('parameter', 'checkpoint'), item[1].source.startswith('default')))
+    "The configuration as a table: what it is, what was given by hand, what the checkpoint brought, then the rest by source."
+    first = ['name', 'paper', 'cost', 'expected']
+    order = lambda item: (item[0] not in first, item[1].source != 'parameter', item[1].source != 'checkpoint', item[1].source)
+    rows = sorted(config.items(), key=order)
     return pd.DataFrame([(k, v.value, v.source) for k, v in rows], columns=['name', 'value', 'source']).set_index('name')
 
 # %% ../nbs/41_runs.ipynb #d1a824e2

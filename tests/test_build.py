@@ -1,0 +1,403 @@
+"""Data sets on disk: what is written, what is refused, what survives a kill, and that reading gives back every image once."""
+
+import errno, hashlib, os, random, signal, subprocess, sys, tarfile, time, zipfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import numpy as np
+import pytest
+import torch
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.v2 import PILToTensor
+import webdataset
+from fdsl_nb import build as building
+from fdsl_nb.build import build, local_executor, make_plan, open_executor, parameter_table, read_lines
+from fdsl_nb.contours import RCDB, VisualAtom
+from fdsl_nb.datasets import EpochBatches, FormulaDataset, open_dataset, train_loader
+from fdsl_nb.formula import formula
+from fdsl_nb.ifs import FractalDB, OFDB2D, OnePFrac
+from fdsl_nb.ifs3d import ExFractalDB, MVFractalDB, OFDB3D
+from fdsl_nb.shards import BuiltDataset, Plan, Shuffle, encode, published_file
+from fdsl_nb.streams import ShardStream, share, spans, stream_loader
+from fdsl_nb.verify import Finding, repair, verify
+
+SMALL = OnePFrac(classes=6, instances=20, size=48, points=3000)      # no two of its images are alike
+LAYOUTS = [dict(layout='plain'), dict(layout='published'), dict(layout='shards', shard_images=32), dict(layout='shards', format='zstd', shard_images=50, seed=9),
+    dict(layout='plain', format='zstd')]
+
+def quiet(*_): pass
+def make(out, **more): return build(SMALL, out, workers=0, progress=quiet, **more)
+def contents(folder): return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob('*')) if p.is_file()}
+
+@pytest.fixture(autouse=True)
+def own_data_root(tmp_path, monkeypatch): monkeypatch.setenv('FDSL_DATA_ROOT', str(tmp_path/'data'))
+
+@pytest.fixture(scope='module')
+def shards(tmp_path_factory):
+    out = tmp_path_factory.mktemp('built')/'shards'
+    make(out, layout='shards', shard_images=32)
+    return out
+
+
+# What is written
+
+@pytest.mark.parametrize('arrangement', LAYOUTS, ids=lambda a: '-'.join(map(str, a.values())))
+def test_every_image_reads_back(tmp_path, arrangement):
+    make(tmp_path/'out', **arrangement)
+    back, online = open_dataset(str(tmp_path/'out')), FormulaDataset(SMALL)
+    assert len(back) == len(online) == 120 and back.classes == online.classes
+    for i in range(120):
+        np.testing.assert_array_equal(np.array(back[i][0]), np.array(online[i][0]))
+        assert back[i][1] == back.label(i) == online.label(i)
+    assert verify(tmp_path/'out') == []
+
+@pytest.mark.parametrize('f', [RCDB(classes=2, instances=3, size=32), VisualAtom(classes=2, instances=3, size=32, start_class=7), OFDB2D(classes=2, size=32, points=500),
+    FractalDB(classes=1, instances=1000, size=32, points=500, weight=0.1), OnePFrac(classes=2, size=32, points=2000), MVFractalDB(classes=1, size=32, points=300, instances=30),
+    ExFractalDB(classes=1, size=32, points=300, instances=13), OFDB3D(classes=2, size=32, points=300, axes=2)], ids=lambda f: f.name)
+def test_published_names_are_the_reference_streams(f):
+    ours = [published_file(f, c, k) for c in range(f.classes) for k in range(f.instances)]
+    theirs = [s.file for s in f.reference()]
+    if f.name == 'visualatom':      # the class's number of corners is the stream's own; the rest of the name is not
+        assert ours[0] == f'00007/vertex_{f.category(0).vertices:04d}_instance_0000.png'
+        ours, theirs = ([n.split('_')[0] + n[-8:] for n in names] for names in (ours, theirs))
+    assert len(set(ours)) == len(ours) and set(ours) == set(theirs)
+
+def test_members_of_a_shard(shards):
+    "A change here changes every shard's checksum."
+    with tarfile.open(shards/'SHARDS-000000.tar') as tar: members = list(tar)
+    assert [m.name for m in members[:4]] == ['00004_0001.cls', '00004_0001.png', '00005_0005.cls', '00005_0005.png']
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {(0, 0, 0, '', '', 0o644)}
+
+def test_webdataset_reads_the_shards(shards):
+    seen = list(webdataset.WebDataset(sorted(map(str, shards.glob('*.tar'))), shardshuffle=False).decode('l').to_tuple('__key__', 'png', 'cls'))
+    assert sorted(key for key, *_ in seen) == [f'{c:05d}_{k:04d}' for c in range(6) for k in range(20)]
+    for key, image, c in seen: assert int(key[:5]) == c and (np.rint(image * 255) == SMALL.render(c, int(key[6:]))).all()
+
+def test_torchvision_reads_the_folders(tmp_path):
+    make(tmp_path/'out', layout='plain')
+    for name in ('manifest.json', 'manifest.csv'): (tmp_path/'out'/name).rename(tmp_path/name)
+    assert [(Path(p).name, c) for p, c in ImageFolder(tmp_path/'out').samples] == [(f'{c:05d}_{k:04d}.png', c) for c in range(6) for k in range(20)]
+
+def test_other_data_sets_are_written_too(tmp_path):
+    for split in ('val', 'test'): build('digits', tmp_path/'digits'/split, split, progress=quiet, workers=0, layout='shards' if split == 'val' else 'plain')
+    for split in ('val', 'test'):
+        stored, digits = open_dataset(str(tmp_path/'digits'), split), open_dataset('digits', split)
+        assert stored.classes == digits.classes and len(stored) == len(digits)
+        both = [Counter((np.array(x).tobytes(), y) for x, y in (d[i] for i in range(len(d)))) for d in (stored, digits)]
+        assert both[0] == both[1]
+    assert open_dataset(str(tmp_path/'digits'), 'train') is None if (tmp_path/'digits'/'train').exists() else True
+
+@pytest.mark.parametrize('f', [RCDB(classes=3, size=32), OFDB2D(classes=2, size=32), OFDB3D(classes=2, size=32)], ids=lambda f: f.name)
+def test_parameter_table_has_every_class(f):
+    table = parameter_table(f)
+    assert table['class'].unique().tolist() == list(range(f.classes))
+    if f.name != 'rcdb': np.testing.assert_array_equal(table[table['class'] == 1].to_numpy()[:, 1:].astype(float), f.category(1))
+
+def test_shard_bytes_become_images(tmp_path):
+    plan = make_plan(SMALL, 'shards', shard_bytes=60_000)
+    make(tmp_path/'out', layout='shards', shard_bytes=60_000)
+    assert all(40_000 < size < 80_000 for *_, size, _ in read_lines(tmp_path/'out')[:-1]) and plan.parts > 2
+
+def test_a_plan_of_21_million_is_arithmetic():
+    plan, started = Plan('shards', 'zstd', 21_000, 1000, shard_images=10_000), time.perf_counter()
+    numbers = [17, 20_999_999, 10**7]
+    assert [int(plan.images_at(plan.places(p))[place]) for p, place in map(plan.find, numbers)] == numbers
+    assert plan.parts == 2100 and time.perf_counter() - started < 5
+
+@pytest.mark.parametrize('n', [1, 2, 5, 64, 65, 5000])
+def test_shuffle_is_a_permutation(n):
+    there = Shuffle(n, 5).image(range(n))
+    assert sorted(there.tolist()) == list(range(n)) and (Shuffle(n, 5).place(there) == np.arange(n)).all()
+    if n > 60: assert (there != Shuffle(n, 6).image(range(n))).any() and abs(np.corrcoef(there, np.arange(n))[0, 1]) < 0.35
+
+
+# Workers, kills, faults
+
+@pytest.mark.parametrize('arrangement', [LAYOUTS[1], LAYOUTS[3]], ids=['folders', 'shards'])
+def test_bytes_do_not_depend_on_workers(tmp_path, arrangement):
+    make(tmp_path/'alone', **arrangement)
+    with ThreadPoolExecutor(3) as pool: build(SMALL, tmp_path/'threads', executor=pool, progress=quiet, **arrangement)
+    assert contents(tmp_path/'alone') == contents(tmp_path/'threads')
+    if arrangement['layout'] == 'published': return     # starting processes takes seconds: once is enough
+    build(SMALL, tmp_path/'processes', workers=2, progress=quiet, **arrangement)
+    assert contents(tmp_path/'alone') == contents(tmp_path/'processes')
+
+def stopped(out, after, **arrangement):
+    def progress(done, *_):
+        if done >= after: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): build(SMALL, out, workers=0, progress=progress, **arrangement)
+
+@pytest.mark.parametrize('arrangement', LAYOUTS[:4], ids=lambda a: '-'.join(map(str, a.values())))
+def test_a_stopped_build_continues(tmp_path, arrangement, monkeypatch):
+    monkeypatch.setattr(building, 'chunks', lambda plan, missing: ([p] for p in missing))
+    make(tmp_path/'whole', **arrangement)
+    stopped(tmp_path/'out', 40, **arrangement)
+    with pytest.raises(ValueError, match='not finished'): open_dataset(str(tmp_path/'out'))
+    # what a kill leaves: a line cut short, a part nobody vouches for, drafts
+    with open(tmp_path/'out'/'.done.jsonl', 'a') as f: f.write('[3, "SHA')
+    (tmp_path/'out'/'.SHARDS-000003.tar.x1').write_bytes(b'half')
+    last = tmp_path/'out'/building.Plan.part(make_plan(SMALL, **arrangement), 2)
+    last.write_bytes(b'not ours') if arrangement['layout'] == 'shards' else (last.mkdir(parents=True, exist_ok=True), (last/'odd.png').touch())
+    drawn = []
+    build(SMALL, tmp_path/'out', workers=0, progress=lambda done, total, now, *_: drawn.append(now), **arrangement)
+    assert contents(tmp_path/'out') == contents(tmp_path/'whole') and 0 < drawn[-1] < 120
+
+def test_a_finished_build_is_not_begun_again(tmp_path):
+    make(tmp_path/'out', layout='plain')
+    before = contents(tmp_path/'out')
+    build(SMALL, tmp_path/'out', workers=0, progress=lambda *_: pytest.fail('drawn again'), layout='plain')
+    assert contents(tmp_path/'out') == before
+
+@pytest.mark.parametrize('fault, says', [(errno.ENOSPC, 'the disk is full: make room'), (errno.EROFS, 'can only be read'), (errno.EACCES, 'may not be written')])
+def test_disk_faults_say_what_was_kept(tmp_path, monkeypatch, fault, says):
+    write, calls = building.write_shard, []
+    def failing(job, p):
+        calls.append(p)
+        if len(calls) == 3: raise OSError(fault, os.strerror(fault))
+        return write(job, p)
+    monkeypatch.setattr(building, 'write_shard', failing)
+    monkeypatch.setattr(building, 'chunks', lambda plan, missing: ([p] for p in missing))
+    with pytest.raises(OSError, match=f'{says}.*2 of 4 parts are kept'): make(tmp_path/'out', layout='shards', shard_images=32)
+    monkeypatch.undo()
+    make(tmp_path/'out', layout='shards', shard_images=32)
+    assert verify(tmp_path/'out') == []
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() != 0, reason='needs to mount a small disk')
+def test_a_disk_that_is_really_full(tmp_path):
+    (tmp_path/'disk').mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', tmp_path/'disk'], check=False, capture_output=True).returncode: pytest.skip('cannot mount')
+    try:
+        with pytest.raises(OSError, match='the disk is full.*parts are kept'): build(SMALL, tmp_path/'disk'/'out', workers=1, progress=quiet, layout='shards', shard_images=20)
+        assert not list((tmp_path/'disk'/'out').glob('.SHARDS*'))
+    finally: subprocess.run(['umount', tmp_path/'disk'], check=True)
+
+def test_what_is_refused(tmp_path, monkeypatch):
+    make(tmp_path/'out', layout='shards', shard_images=32)
+    for other, says in [(dict(layout='plain'), "plan layout='shards' there, 'plain' here"), (dict(layout='shards', shard_images=33), 'shard_images=32 there, 33 here')]:
+        with pytest.raises(ValueError, match=says): make(tmp_path/'out', **other)
+    with pytest.raises(ValueError, match='source seed=0 there, 4 here'):
+        build(OnePFrac(classes=6, instances=20, size=48, points=3000, seed=4), tmp_path/'out', layout='shards', shard_images=32)
+    (tmp_path/'mine').mkdir(); (tmp_path/'mine'/'thesis.txt').touch()
+    with pytest.raises(ValueError, match='is not empty and holds no build .*thesis.txt'): make(tmp_path/'mine')
+    assert [p.name for p in (tmp_path/'mine').iterdir()] == ['thesis.txt']
+    for wrong, says in [(dict(layout='shard'), "did you mean 'shards'"), (dict(format='pngs'), "did you mean 'png'"), (dict(layout='published', format='zstd'), 'choose format'),
+            (dict(layout='shards', shard_images=0), 'give 1 or more')]:
+        with pytest.raises(ValueError, match=says): make(tmp_path/'new', **wrong)
+    with pytest.raises(ValueError, match="'photos' is not known"): build('photos', tmp_path/'new')
+    assert not (tmp_path/'new').exists()
+
+def test_other_versions_do_not_continue_a_build(tmp_path, monkeypatch):
+    monkeypatch.setattr(building, 'chunks', lambda plan, missing: ([p] for p in missing))
+    stopped(tmp_path/'out', 40)
+    monkeypatch.setattr(building.importlib.metadata, 'version', lambda name: '0.0')
+    with pytest.raises(ValueError, match='versions fdsl_nb='): make(tmp_path/'out')
+
+def test_two_builds_at_once_are_refused(tmp_path):
+    def progress(*_):
+        with pytest.raises(ValueError, match='another process is building there'): make(tmp_path/'out')
+    build(SMALL, tmp_path/'out', workers=0, progress=progress)
+
+def test_nothing_grows_with_the_data_set(tmp_path):
+    "Ten thousand shards are planned, and only so many tasks are under way at a time."
+    waiting, most = [0], [0]
+    class Counting(ThreadPoolExecutor):
+        def submit(self, *a):
+            waiting[0] += 1; most[0] = max(most[0], waiting[0])
+            future = super().submit(*a)
+            future.add_done_callback(lambda _: waiting.__setitem__(0, waiting[0] - 1))
+            return future
+    with Counting(1) as pool: assert sum(building.finished(((abs, (n,)) for n in range(2000)), pool, 8)) == sum(range(2000))
+    assert most[0] <= 8
+
+SCRIPT = '''
+import sys
+from fdsl_nb.build import build, open_executor
+from fdsl_nb.contours import VisualAtom
+if __name__ == '__main__':
+    with open_executor(workers=int(sys.argv[3])) as executor:
+        build(VisualAtom(classes=50, instances=40, size=96), sys.argv[1], workers=0, executor=executor, layout=sys.argv[2], **(dict(shard_images=50) if sys.argv[2] == 'shards' else {}))
+'''
+MANY = VisualAtom(classes=50, instances=40, size=96)
+
+def kill_and_continue(tmp_path, layout, kills, workers=2):
+    "Kills a build of 2,000 images `kills` times, then lets it end; its contents, and how often the kill met it unfinished."
+    (tmp_path/'script.py').write_text(SCRIPT)
+    command = [sys.executable, str(tmp_path/'script.py'), str(tmp_path/'out'), layout, str(workers)]
+    chance, hits = random.Random(layout), 0
+    for n in range(kills):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        process.stdout.readline()                       # the first line of progress: drawing begins
+        time.sleep(chance.uniform(0, 4 if n else 1))
+        hits += process.poll() is None
+        process.kill() if n % 2 else os.killpg(process.pid, signal.SIGKILL)     # the parent alone, or all of it
+        process.wait()
+    subprocess.run(command, check=True, capture_output=True)
+    return contents(tmp_path/'out'), hits
+
+def test_a_killed_build_ends_like_an_undisturbed_one(tmp_path):
+    found, hits = kill_and_continue(tmp_path, 'shards', 1, workers=0)
+    build(MANY, tmp_path/'whole', workers=0, progress=quiet, layout='shards', shard_images=50)
+    assert found == contents(tmp_path/'whole')
+
+@pytest.mark.slow
+@pytest.mark.parametrize('layout', ['published', 'shards'])
+def test_ten_kills(tmp_path, layout):
+    found, hits = kill_and_continue(tmp_path, layout, 10)
+    build(MANY, tmp_path/'whole', workers=0, progress=quiet, layout=layout, **(dict(shard_images=50) if layout == 'shards' else {}))
+    assert found == contents(tmp_path/'whole') and hits >= 2
+
+def test_a_killed_worker_is_explained(tmp_path):
+    def progress(done, total, drawn, *_):
+        if drawn: os.kill(next(iter(pool._processes)), signal.SIGKILL)
+    with local_executor(1) as pool:
+        with pytest.raises(RuntimeError, match='a worker process was killed.*of 40 parts are kept'):
+            build(MANY, tmp_path/'out', executor=pool, progress=progress, layout='shards', shard_images=50)
+
+@pytest.mark.slow
+def test_dask_survives_the_loss_of_a_worker(tmp_path):
+    distributed = pytest.importorskip('distributed')
+    build(MANY, tmp_path/'whole', workers=0, progress=quiet, layout='shards', shard_images=50)
+    for round_ in range(10):
+        with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, distributed.Client(cluster) as client:
+            after, killed = random.Random(round_).uniform(0, 1500), []
+            def progress(done, *_):
+                if done >= after and not killed:
+                    killed.append(done)
+                    os.kill(client.run(os.getpid)[min(client.run(os.getpid))], signal.SIGKILL)
+            build(MANY, tmp_path/f'out{round_}', executor=client.get_executor(), progress=progress, layout='shards', shard_images=50)
+            assert killed
+        assert contents(tmp_path/f'out{round_}') == contents(tmp_path/'whole')
+
+def test_executors_by_name():
+    with open_executor() as executor: assert executor is None
+    with pytest.raises(ValueError, match='give dask, mpi'):
+        with open_executor('slurm'): pass
+
+
+# Verify and repair
+
+@pytest.mark.parametrize('arrangement', LAYOUTS[:4], ids=lambda a: '-'.join(map(str, a.values())))
+def test_any_flipped_byte_is_found_and_mended(tmp_path, arrangement):
+    make(tmp_path/'out', **arrangement)
+    before, chance = contents(tmp_path/'out'), random.Random(1)
+    files = [name for name in before if name.endswith(('.png', '.zst', '.tar', '.idx')) and name != 'contact_sheet.png']
+    for name in chance.sample(files, min(len(files), 4)):
+        path = tmp_path/'out'/name
+        data = bytearray(path.read_bytes())
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        path.write_bytes(data)
+        found = verify(tmp_path/'out')
+        assert len(found) == 1 and found[0].kind == 'damaged' and found[0].name.split('/')[0] in name
+        assert repair(tmp_path/'out') == found and contents(tmp_path/'out') == before
+
+@pytest.mark.parametrize('arrangement', LAYOUTS[:4], ids=lambda a: '-'.join(map(str, a.values())))
+def test_missing_and_stray_files(tmp_path, arrangement):
+    make(tmp_path/'out', **arrangement)
+    before = contents(tmp_path/'out')
+    files = [name for name in before if name.endswith(('.png', '.zst', '.tar', '.idx')) and name != 'contact_sheet.png'][:3]
+    for name in (*files, 'README.md'): (tmp_path/'out'/name).unlink()
+    (tmp_path/'out'/'cat.jpg').touch()
+    assert Counter(f.kind for f in verify(tmp_path/'out', workers=0)) == {'missing': 4, 'stray': 1}
+    repair(tmp_path/'out')
+    assert verify(tmp_path/'out') == [Finding('stray', 'cat.jpg')]
+    (tmp_path/'out'/'cat.jpg').unlink()
+    assert contents(tmp_path/'out') == before
+
+def test_repair_with_other_programs_says_so(tmp_path, monkeypatch):
+    make(tmp_path/'out', layout='shards', shard_images=32)
+    (tmp_path/'out'/'SHARDS-000001.tar').unlink()
+    monkeypatch.setattr(building, 'encode', lambda image, format: encode(255 - image, format))
+    with pytest.raises(ValueError, match='is not what the manifest promises'): repair(tmp_path/'out')
+
+
+# Reading
+
+def test_zip_and_tar_are_the_folder(tmp_path):
+    make(tmp_path/'plain')
+    folder = ImageFolder(tmp_path/'plain') if not any((tmp_path/'plain'/n).unlink() for n in ('manifest.json', 'manifest.csv')) else None
+    with zipfile.ZipFile(tmp_path/'a.zip', 'w', zipfile.ZIP_DEFLATED) as z, tarfile.open(tmp_path/'a.tar', 'w') as tar:
+        for p in sorted((tmp_path/'plain').rglob('*.png'), reverse=True):
+            z.write(p, f'data/train/{p.relative_to(tmp_path/"plain")}'); tar.add(p, f'data/train/{p.relative_to(tmp_path/"plain")}')
+    for name in ('a.zip', 'a.tar'):
+        packed = open_dataset(str(tmp_path/name))
+        assert packed.classes == [f'{c:05d}' for c in range(6)] and len(packed) == 120 and open_dataset(str(tmp_path/name), 'val') is None
+        for i in range(0, 120, 11): assert packed[i][1] == folder[i][1] and (np.array(packed[i][0]) == np.array(folder[i][0])).all()
+    with pytest.raises(IndexError): packed[120]
+
+def test_a_compressed_tar_says_what_to_do(tmp_path):
+    with tarfile.open(tmp_path/'a.tar', 'w:gz') as tar: tar.add(__file__, 'x/y.png')
+    with pytest.raises(ValueError, match='pack it anew without compression'): open_dataset(str(tmp_path/'a.tar'))
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_first_epoch_is_that_of_the_online_data_set(shards, workers):
+    "Same seed, same tensors: training cannot tell a build from its formula."
+    sets = open_dataset(str(shards)), FormulaDataset(SMALL)
+    a, b = (torch.cat([x for x, _ in train_loader(d, PILToTensor(), EpochBatches(120, 8, seed=5), workers if d is sets[0] else 0)]) for d in sets)
+    assert torch.equal(a, b)
+
+def test_a_lost_index_is_no_loss(shards, tmp_path):
+    one = BuiltDataset(shards)
+    expected = [one.read(i) for i in range(0, 120, 7)]
+    (shards/'index').rename(tmp_path/'index')
+    try: assert [one.read(i) for i in range(0, 120, 7)] == expected
+    finally: (tmp_path/'index').rename(shards/'index')
+
+def test_others_shards_by_pattern(shards, tmp_path):
+    for n in range(4): (tmp_path/f'x-{n}.tar').write_bytes((shards/f'SHARDS-00000{n}.tar').read_bytes())
+    for name in (f'{tmp_path}/x-{{0..3}}.tar', f'{tmp_path}/x-*.tar', str(tmp_path)):
+        found = open_dataset(name)
+        assert len(found) == 120 and Counter(found.label(i) for i in range(120)) == {c: 20 for c in range(6)}
+    image, c = found[5]
+    assert any((np.array(image)[..., 0] == SMALL.render(c, k)).all() for k in range(20))
+    with pytest.raises(ValueError, match='can only be read in order'): open_dataset('pipe:cat x.tar')
+
+@pytest.mark.filterwarnings('ignore:This DataLoader will create')
+@pytest.mark.parametrize('world, workers, batch, buffer', [(1, 0, 7, 0), (2, 2, 8, 10), (3, 2, 12, 200), (4, 3, 4, 3)])
+def test_streams_lose_and_double_nothing(shards, world, workers, batch, buffer):
+    numbers = {SMALL.render(*divmod(i, 20)).tobytes(): i for i in range(120)}
+    for epoch in (0, 1):
+        seen, lengths = [], []
+        for rank in range(world):
+            stream = ShardStream(shards, PILToTensor(), batch, seed=2, rank=rank, world=world, buffer=buffer)
+            stream.epoch = epoch
+            own = [numbers[x[0].numpy().tobytes()] for xs, _ in stream_loader(stream, workers) for x in xs]
+            assert len(own) == len(stream)
+            lengths.append(len(own)); seen += own
+        assert len(set(lengths)) == 1 and len(seen) == len(set(seen)) == 120 // batch * batch
+
+@pytest.mark.filterwarnings('ignore:This DataLoader will create')
+@pytest.mark.parametrize('workers, first', [(0, 3), (2, 3), (3, 4)])
+def test_streams_resume_in_an_epoch(shards, workers, first):
+    def batches(first):
+        stream = ShardStream(shards, PILToTensor(), 8, seed=2, buffer=20)
+        stream.first = first
+        return [x for x, _ in stream_loader(stream, workers)]
+    for a, b in zip(batches(0)[first:], batches(first), strict=True): assert torch.equal(a, b)
+
+def test_shares_cover_an_epoch_for_any_numbers():
+    chance = random.Random(0)
+    for _ in range(200):
+        world, workers, own = chance.randint(1, 5), chance.randint(1, 5), chance.randint(1, 6)
+        records = chance.randint(world * own, 300)
+        parts = [share(records, world * own, r, world, w, workers) for r in range(world) for w in range(workers)]
+        taken = [i for first, many in parts for i in range(first, first + many)]
+        assert sorted(taken) == list(range(records // (world * own) * world * own))
+        counts = [9] * (records // 9) + [records % 9]
+        for part in parts: assert sum(stop - start for _, start, stop in spans(counts, *part)) == part[1]
+
+@pytest.mark.filterwarnings('ignore:skipped')
+@pytest.mark.parametrize('workers', [0, 2])
+def test_damaged_records_are_named_or_counted(shards, tmp_path, workers):
+    copy = tmp_path/'copy'
+    subprocess.run(['cp', '-r', shards, copy], check=True)
+    data = bytearray((copy/'SHARDS-000002.tar').read_bytes())
+    data[1700] ^= 1
+    (copy/'SHARDS-000002.tar').write_bytes(data)
+    broken = int(BuiltDataset(copy).plan.images_at([64])[0])
+    with pytest.raises(ValueError, match='SHARDS-000002.tar/.*is damaged'): BuiltDataset(copy)[broken]
+    lenient = BuiltDataset(copy, on_error='skip')
+    assert sum(len(x) for x, _ in train_loader(lenient, PILToTensor(), EpochBatches(120, 8), workers)) == 120 and lenient.skipped.item() == 1
+    stream = ShardStream(copy, PILToTensor(), 8, on_error='skip')
+    assert sum(len(x) for x, _ in stream_loader(stream, workers)) == 120 and stream.skipped.item() == 1
+    with pytest.raises(ValueError, match='is damaged'): list(stream_loader(ShardStream(copy, PILToTensor(), 8), workers))
+    with pytest.raises(ValueError, match="on_error='warn' is not known"): BuiltDataset(copy, on_error='warn')
