@@ -261,7 +261,7 @@ def test_own_categories_are_in_the_fingerprint(tmp_path):
     (lambda: list(FractalDB().reference(1, 2)), 'thread=1 of threads=2'),
     (lambda: FractalDB.from_flags(weight_csv='mine.csv'), "weight_csv='mine.csv' is not a published table"),
     (lambda: OnePFrac.from_flags(image_size_x=4, image_size_y=5), 'image_size_x=4 and image_size_y=5 differ'),
-], ids=str)
+], ids=lambda value: value if isinstance(value, str) else 'make')
 def test_refused_by_name(make, message):
     with pytest.raises(ValueError) as caught: make()
     assert message in str(caught.value)
