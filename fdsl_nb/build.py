@@ -395,7 +395,7 @@ def build(
     lines = read_lines(out)
     return dict(images=sum(n for _, n, _, _ in lines), parts=len(lines), bytes=sum(size for *_, size, _ in lines), folder=str(out))
 
-# %% ../nbs/21_build.ipynb #9f04d5cc
+# %% ../nbs/21_build.ipynb #5887683d
 def _build(job, workers, executor, progress):
     out = Path(job.out)
     _clear_leftovers(job)
@@ -405,5 +405,6 @@ def _build(job, workers, executor, progress):
         write_beside(job, workers)
     with open_executor(workers=0 if executor else workers) as own:
         lines = _write_missing(job, executor or own, 64 if executor else 2 * max(1, workers), progress)
+    _clear_leftovers(job)                       # of workers that were killed on the way
     _write_lines(out, lines)
     (out/'.done.jsonl').unlink()

@@ -14,12 +14,11 @@ from fdsl_nb import build as building
 from fdsl_nb.build import build, local_executor, make_plan, open_executor, parameter_table, read_lines
 from fdsl_nb.contours import RCDB, VisualAtom
 from fdsl_nb.datasets import EpochBatches, FormulaDataset, open_dataset, train_loader
-from fdsl_nb.formula import formula
 from fdsl_nb.ifs import FractalDB, OFDB2D, OnePFrac
 from fdsl_nb.ifs3d import ExFractalDB, MVFractalDB, OFDB3D
-from fdsl_nb.shards import BuiltDataset, Plan, Shuffle, encode, published_file
+from fdsl_nb.shards import BuiltDataset, Plan, Shuffle, decode, encode, published_file
 from fdsl_nb.streams import ShardStream, share, spans, stream_loader
-from fdsl_nb.verify import Finding, repair, verify
+from fdsl_nb.verify import repair, verify
 
 SMALL = OnePFrac(classes=6, instances=20, size=48, points=3000)      # no two of its images are alike
 LAYOUTS = [dict(layout='plain'), dict(layout='published'), dict(layout='shards', shard_images=32), dict(layout='shards', format='zstd', shard_images=50, seed=9),
@@ -235,7 +234,7 @@ def kill_and_continue(tmp_path, layout, kills, workers=2):
     return contents(tmp_path/'out'), hits
 
 def test_a_killed_build_ends_like_an_undisturbed_one(tmp_path):
-    found, hits = kill_and_continue(tmp_path, 'shards', 1, workers=0)
+    found, _ = kill_and_continue(tmp_path, 'shards', 1, workers=0)
     build(MANY, tmp_path/'whole', workers=0, progress=quiet, layout='shards', shard_images=50)
     assert found == contents(tmp_path/'whole')
 
@@ -257,16 +256,16 @@ def test_a_killed_worker_is_explained(tmp_path):
 def test_dask_survives_the_loss_of_a_worker(tmp_path):
     distributed = pytest.importorskip('distributed')
     build(MANY, tmp_path/'whole', workers=0, progress=quiet, layout='shards', shard_images=50)
-    for round_ in range(10):
+    for n in range(10):
+        after, killed = random.Random(n).uniform(1, 1500), []
         with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, distributed.Client(cluster) as client:
-            after, killed = random.Random(round_).uniform(0, 1500), []
-            def progress(done, *_):
+            victim = next(iter(client.run(os.getpid).values()))
+            def progress(done, *_, after=after, killed=killed, victim=victim):
                 if done >= after and not killed:
+                    os.kill(victim, signal.SIGKILL)
                     killed.append(done)
-                    os.kill(client.run(os.getpid)[min(client.run(os.getpid))], signal.SIGKILL)
-            build(MANY, tmp_path/f'out{round_}', executor=client.get_executor(), progress=progress, layout='shards', shard_images=50)
-            assert killed
-        assert contents(tmp_path/f'out{round_}') == contents(tmp_path/'whole')
+            build(MANY, tmp_path/f'out{n}', executor=client.get_executor(), progress=progress, layout='shards', shard_images=50)
+        assert killed and contents(tmp_path/f'out{n}') == contents(tmp_path/'whole')
 
 def test_executors_by_name():
     with open_executor() as executor: assert executor is None
@@ -294,13 +293,15 @@ def test_any_flipped_byte_is_found_and_mended(tmp_path, arrangement):
 def test_missing_and_stray_files(tmp_path, arrangement):
     make(tmp_path/'out', **arrangement)
     before = contents(tmp_path/'out')
-    files = [name for name in before if name.endswith(('.png', '.zst', '.tar', '.idx')) and name != 'contact_sheet.png'][:3]
+    files = [name for name in before if name.endswith(('.png', '.zst', '.tar', '.idx')) and name != 'contact_sheet.png'][:2]
+    files += [name for name in before if name.endswith('.idx')][-1:]        # of a shard that is there
     for name in (*files, 'README.md'): (tmp_path/'out'/name).unlink()
-    (tmp_path/'out'/'cat.jpg').touch()
-    assert Counter(f.kind for f in verify(tmp_path/'out', workers=0)) == {'missing': 4, 'stray': 1}
+    strays = ['cat.jpg'] if arrangement['layout'] == 'shards' else ['cat.jpg', f'{Path(files[0]).parent}/dog.png']
+    for name in strays: (tmp_path/'out'/name).touch()
+    assert Counter(f.kind for f in verify(tmp_path/'out', workers=0)) == {'missing': len(files) + 1, 'stray': len(strays)}
     repair(tmp_path/'out')
-    assert verify(tmp_path/'out') == [Finding('stray', 'cat.jpg')]
-    (tmp_path/'out'/'cat.jpg').unlink()
+    assert sorted(f.name for f in verify(tmp_path/'out') if f.kind == 'stray') == sorted(strays) and len(verify(tmp_path/'out')) == len(strays)
+    for name in strays: (tmp_path/'out'/name).unlink()
     assert contents(tmp_path/'out') == before
 
 def test_repair_with_other_programs_says_so(tmp_path, monkeypatch):
@@ -334,6 +335,12 @@ def test_first_epoch_is_that_of_the_online_data_set(shards, workers):
     sets = open_dataset(str(shards)), FormulaDataset(SMALL)
     a, b = (torch.cat([x for x, _ in train_loader(d, PILToTensor(), EpochBatches(120, 8, seed=5), workers if d is sets[0] else 0)]) for d in sets)
     assert torch.equal(a, b)
+
+def test_the_checksum_over_the_pixels_is_checked():
+    "Pillow reads on where it does not fit."
+    data = encode(SMALL.render(0, 0))
+    for place in range(len(data) - 20, len(data)):
+        with pytest.raises(ValueError, match='a.png is damaged'): decode(data[:place] + bytes([data[place] ^ 1]) + data[place + 1:], 'a.png')
 
 def test_a_lost_index_is_no_loss(shards, tmp_path):
     one = BuiltDataset(shards)
