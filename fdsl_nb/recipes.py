@@ -93,12 +93,12 @@ def recipe(
     if name: return known[name]
     return next((r for r in known.values() if r.dataset == dataset), next(iter(known.values())))
 
-# %% ../nbs/32_recipes.ipynb #b595ee17
+# %% ../nbs/32_recipes.ipynb #8a01f6dd
 _small = dict(model='deit_tiny_patch16_224', model_options=dict(patch_size=8, embed_dim=128, depth=4, num_heads=4), image_size=32, drop_path=0.0, repeats=1,
     precision='float32', optimizer='adamw', lr=1e-3, weight_decay=0.05, per_step=True, warmup_epochs=1, warmup_steps=0, warmup_lr=1e-5, min_lr=1e-5,
     auto_augment='', color_jitter=0.0, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, best_by='last')
 DEMO = dict(pretrain=dict(_small, epochs=10, batch=64, epoch_images=6400, scale=(0.5, 1.0)),
-            finetune=dict(_small, epochs=15, batch=32, hflip=0.0, scale=(0.8, 1.0)))
+            finetune=dict(_small, epochs=12, batch=32, hflip=0.0, scale=(0.8, 1.0)))
 BUDGETS = ('demo', 'paper')
 
 # %% ../nbs/32_recipes.ipynb #c2a0f04e
