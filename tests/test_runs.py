@@ -21,7 +21,7 @@ from fdsl_nb.formula import formulas
 from fdsl_nb.runs import NOTEBOOKS, check_parameters
 
 NBS = Path(__file__).parent.parent/'nbs'
-SMALL = dict(dataset='rcdb', seed=3, classes=4, instances=160, batch=32, epochs=3, warmup_epochs=0, mixup=0.5, drop_path=0.1, erasing=0.25)   # seconds; every kind of chance on
+SMALL = dict(dataset='rcdb', seed=3, classes=4, instances=160, epoch_images=1280, batch=32, epochs=3, warmup_epochs=0, mixup=0.5, drop_path=0.1, erasing=0.25)   # seconds; every kind of chance on
 
 
 def environment(**more):
