@@ -234,7 +234,8 @@ def tracked():
 
 # Both patterns are written so that they do not find themselves.
 ABSOLUTE = re.compile(r'(?<![\w.~)}\]$*-])(/(?:home|root|Users|work|tmp|mnt|opt|scratch)/[\w.]|[A-Z]:\\\\?Users)')
-INDEX = re.compile(r'\bpypi\.|\bpythonhosted\.|download\.pytorch\.org|\bconda\.anaconda\.|index[-_]url\b|find[-_]links\b|trusted[-_]host\b', re.IGNORECASE)
+HOSTS = '|'.join(['py' + 'pi', 'python' + 'hosted', 'npm' + 'js', 'conda'])    # in pieces, or this file would name them itself
+INDEX = re.compile(rf'\b({HOSTS})\.(org|com|io)|download\.pytorch\.org|\bconda\.anaconda\.|index[-_]url\b|find[-_]links\b|trusted[-_]host\b', re.IGNORECASE)
 
 @pytest.mark.parametrize('pattern, remedy', [(ABSOLUTE, 'holds an absolute path, which exists on one machine only; write it relative to the checkout'),
     (INDEX, 'names a package index; which one to use is the business of the machine (`pip config`)')], ids=['absolute paths', 'package indexes'])
