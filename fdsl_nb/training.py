@@ -6,11 +6,10 @@
 __all__ = ['RUN', 'FREE', 'RECORDS', 'read_recipe', 'open_splits', 'make_model', 'architecture_of', 'make_loaders', 'WandbLog',
            'train', 'measure', 'run_training', 'read_result', 'recorded', 'clear']
 
-# %% ../nbs/36_training.ipynb #14c22a50
+# %% ../nbs/36_training.ipynb #0d5599b4
 import json, time, uuid
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 import wandb
 from fastai.callback.core import Callback
 from timm.utils import unwrap_model
@@ -47,16 +46,17 @@ def open_splits(config:dict) -> dict:
             raise ValueError(f"dataset={config['dataset']!r}: class {odd!r} is not in both train and {s}; the splits must have the same class folders")
     return splits
 
-# %% ../nbs/36_training.ipynb #1d56419b
+# %% ../nbs/36_training.ipynb #09b22ba7
 def make_model(config:dict, classes:int):
     "The model of a configuration, and what was loaded into it: (model, `LoadReport` or None)."
     r = read_recipe(config)
     model = create_model(r.model, classes, r.image_size, seed=config['seed'], drop_path_rate=r.drop_path, **r.model_options)
     return model, load_weights(model, config['weights']) if config['weights'] else None
 
-def architecture_of(weights:Path) -> dict:
-    "The architecture that a checkpoint of this kit records: model, model_options, image_size; empty for other checkpoints."
-    args = vars(read_checkpoint(weights).get('args', SimpleNamespace()))
+def architecture_of(weights:str) -> dict:
+    "The architecture that a checkpoint of this kit records: model, model_options, image_size; empty for other checkpoints and addresses."
+    if str(weights).startswith(('local-dir:', 'hf-hub:')): return {}
+    args = getattr(read_checkpoint(weights).get('args'), '__dict__', {})     # other programs keep a dict there, or nothing
     return {k: args[k] for k in ('model', 'model_options', 'image_size') if k in args} if 'model_options' in args else {}
 
 # %% ../nbs/36_training.ipynb #46558f19

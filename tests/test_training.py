@@ -13,7 +13,7 @@ from fdsl_nb.folder import RunFolder
 from fdsl_nb.formula import formula, formulas
 from fdsl_nb.runs import configuration
 from fdsl_nb.settings import Resolved
-from fdsl_nb.training import run_training
+from fdsl_nb.training import architecture_of, run_training
 
 SMALL = dict(budget='demo', epochs=1, batch=16, warmup_epochs=0, wandb_mode='disabled')
 TINY_MODEL = dict(patch_size=8, embed_dim=48, depth=1, num_heads=2)
@@ -59,6 +59,12 @@ def test_another_seed_is_another_run(tmp_path):
     run(tmp_path/'a', **given)
     run(tmp_path/'b', seed=1, **given)
     assert 'patch_embed.proj.weight' in differing(weights(tmp_path/'a'), weights(tmp_path/'b'))
+
+
+@pytest.mark.parametrize('args', (None, {'model': 'deit_tiny'}, []))
+def test_checkpoints_of_other_programs_bring_no_architecture(args, tmp_path):
+    torch.save(dict(model={}, args=args), tmp_path/'other_300ep.pth')
+    assert architecture_of(tmp_path/'other_300ep.pth') == {} == architecture_of('local-dir:exported')
 
 
 def test_two_processes_measure_every_image_once(tmp_path):
