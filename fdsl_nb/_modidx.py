@@ -368,6 +368,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fdsl_nb.ifs3d._play': ('ifs3d.html#_play', 'fdsl_nb/ifs3d.py'),
                                'fdsl_nb.ifs3d._project': ('ifs3d.html#_project', 'fdsl_nb/ifs3d.py'),
                                'fdsl_nb.ifs3d._read_once': ('ifs3d.html#_read_once', 'fdsl_nb/ifs3d.py'),
+                               'fdsl_nb.ifs3d._stream_cloud': ('ifs3d.html#_stream_cloud', 'fdsl_nb/ifs3d.py'),
                                'fdsl_nb.ifs3d._system': ('ifs3d.html#_system', 'fdsl_nb/ifs3d.py'),
                                'fdsl_nb.ifs3d._volumes': ('ifs3d.html#_volumes', 'fdsl_nb/ifs3d.py'),
                                'fdsl_nb.ifs3d.canonical_system': ('ifs3d.html#canonical_system', 'fdsl_nb/ifs3d.py'),

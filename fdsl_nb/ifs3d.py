@@ -7,7 +7,7 @@ __all__ = ['COLUMNS', 'FOCAL', 'WEIGHT_ROWS', 'weighted', 'points_3d', 'publishe
            'canonical_system', 'project_views', 'ring_camera', 'render_views', 'sphere_camera', 'weight_table',
            'MVFractalDB', 'ExFractalDB', 'OFDB3D']
 
-# %% ../nbs/13_ifs3d.ipynb #6dd882c7
+# %% ../nbs/13_ifs3d.ipynb #3c28eedb
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Iterator
 import numpy as np
 from fastcore.basics import patch
-from numba import njit, float32
-from .rng import CATEGORY, CounterRandom, NumpyRandom, PythonRandom, unit
+from numba import njit, float32, uint32
+from .rng import CATEGORY, CounterRandom, NumpyRandom, PythonRandom, _philox_fill, unit
 from .formula import Formula, Sample, knob
 from .categories import category_cache, check_category, load_categories, search_parallel
 
@@ -334,18 +334,28 @@ def all_categories(self:MVFractalDB,
     cache = category_cache('fractals3d', root, **settings)
     return search_parallel(self.category, self.classes, cache, workers)
 
-# %% ../nbs/13_ifs3d.ipynb #bc8196a4
+# %% ../nbs/13_ifs3d.ipynb #51b98a1a
+@njit(cache=True, nogil=True)
+def _stream_cloud(maps, key, address, points, half_side):
+    words, picks, cloud = np.empty(points, np.uint32), np.empty(points), np.empty((3, points - 1))
+    _philox_fill(words, 0, key, address)
+    for i in range(points): picks[i] = (words[i] >> uint32(8)) * 2.0**-24
+    drawn = _play(maps, picks, cloud) and _centre(cloud, half_side)
+    return drawn, cloud.astype(np.float32)
+
 @lru_cache(maxsize=8)
 def _kept_cloud(formula, c, row):
-    maps, stream = formula.category(c), CounterRandom(formula.seed, CATEGORY, c, row + 1)
-    picks = unit(stream.words(formula.points))
-    cloud = _cloud(weighted(maps, weight_table(formula.rows)[row]), picks, formula.half_side)
-    if cloud is None: cloud = _cloud(maps, picks, formula.half_side)
-    if cloud is None: raise ValueError(f'{formula.name}: the points of class {c} run off; scale its coefficients down in {formula.categories!r}')
-    cloud = cloud.astype(np.float32)
+    maps, address = formula.category(c), np.array([CATEGORY, c, row + 1], np.uint32)
+    scaled = maps.copy()
+    scaled[:, :12] *= weight_table(formula.rows)[row]
+    for system in (scaled, maps):
+        drawn, cloud = _stream_cloud(system, np.uint64(formula.seed), address, formula.points, formula.half_side)
+        if drawn: break
+    else: raise ValueError(f'{formula.name}: the points of class {c} run off; scale its coefficients down in {formula.categories!r}')
     cloud.setflags(write=False)
     return cloud
 
+# %% ../nbs/13_ifs3d.ipynb #2616b9f3
 @patch
 def cloud(self:MVFractalDB,
     c:int,                # class, 0 … classes - 1
@@ -356,7 +366,7 @@ def cloud(self:MVFractalDB,
     if not 0 <= row < self.clouds: raise IndexError(f'{self.name}: cloud {row} is not in 0 … {self.clouds - 1}')
     return _kept_cloud(self, c, row)
 
-# %% ../nbs/13_ifs3d.ipynb #30cb5501
+# %% ../nbs/13_ifs3d.ipynb #58624d6b
 @patch
 def camera(self:MVFractalDB,
     view:int,             # 0 … views_per_cloud - 1
@@ -366,15 +376,17 @@ def camera(self:MVFractalDB,
     return ring_camera(view, self.views, rng, 1, self.jitter)
 
 @patch
-def _shoot(self:MVFractalDB, cloud, cameras):
-    return project_views(cloud, cameras, self.size, self.point_size, self.near, self.far)
+def _shoot(self:MVFractalDB, cloud, camera):
+    image = np.zeros((1, self.size, self.size), np.uint8)
+    _project(cloud, camera[None], np.float32(self.near), np.float32(self.far), self.point_size, image)
+    return image[0]
 
 @patch
 def draw(self:MVFractalDB, c:int, k:int) -> np.ndarray:
     "Image (c, k), uint8 [size, size]: view k mod views of cloud k div views."
     row, view = divmod(k, self.views_per_cloud)
     camera = self.camera(view, self.instance_stream(c, k))
-    return self._shoot(self.cloud(c, row), camera[None])[0]
+    return self._shoot(self.cloud(c, row), camera)
 
 # %% ../nbs/13_ifs3d.ipynb #fe4c301d
 @dataclass(frozen=True)
@@ -404,7 +416,7 @@ def random_view(self:OFDB3D,
     "One of the class's pictures at random, as 3D-OFDB shows a class in an epoch; `IndexError` outside."
     return self.render(c, rng.randint(0, self.instances - 1))
 
-# %% ../nbs/13_ifs3d.ipynb #4e86ccf8
+# %% ../nbs/13_ifs3d.ipynb #635b947e
 @patch
 def file_name(self:MVFractalDB, c:int, cloud:int, view:int) -> str:
     "The published name of a view of the `cloud`-th file of class `c`."
@@ -419,7 +431,7 @@ def _reference_class(self:MVFractalDB, c, maps, points_rng, view_rng):
         if cloud is None: continue
         for view in range(per):
             camera, k = self.camera(view, view_rng), row * per + view
-            if k < self.instances: yield Sample(c, k, self._shoot(cloud, camera[None])[0], self.file_name(c, kept, view))
+            if k < self.instances: yield Sample(c, k, self._shoot(cloud.astype(np.float32), camera), self.file_name(c, kept, view))
         kept += 1
 
 # %% ../nbs/13_ifs3d.ipynb #9897e606
