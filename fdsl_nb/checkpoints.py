@@ -6,9 +6,9 @@
 __all__ = ['SUFFIXES', 'READERS', 'LAYOUTS', 'CHECKS', 'HEADS', 'save_checkpoint', 'CheckpointError', 'read_checkpoint', 'Layout',
            'read_weights', 'LoadReport', 'load_weights', 'export_model']
 
-# %% ../nbs/31_checkpoints.ipynb #126d01d7
+# %% ../nbs/31_checkpoints.ipynb #2b574618
 import argparse, inspect, math, re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -76,7 +76,7 @@ def save_checkpoint(
         raise OSError(f'{path.name} was not written ({e}), an earlier one is as it was; free some space or choose another folder') from e
     return path
 
-# %% ../nbs/31_checkpoints.ipynb #809e42ed
+# %% ../nbs/31_checkpoints.ipynb #2b342e85
 class CheckpointError(ValueError):
     "A file that is no checkpoint, is damaged, would run code, or does not fit the model."
 
@@ -87,6 +87,7 @@ def _check_file(path):
     if not path.parent.is_dir(): raise FileNotFoundError(f'{str(path)!r} is not there: no folder {str(path.parent)!r}; correct the path')
     beside = sorted(f.name for f in path.parent.iterdir() if f.suffix in SUFFIXES and f.name != path.name and not f.name.startswith('.'))
     if not path.is_file(): raise FileNotFoundError(f'{path.name!r} is not in {str(path.parent)!r}' + (did_you_mean(path.name, beside) if beside else ', nor any other checkpoint'))
+    if path.suffix.startswith('.data-'): raise CheckpointError(f'{path.name!r} is the data of a TensorFlow checkpoint; give {path.stem + ".index"!r}, which lies beside it')
     if not path.stat().st_size: raise CheckpointError(f'{path.name!r} is empty: its writing was cut short; use another' + (f', for example {beside[0]!r}' if beside else ''))
 
 # %% ../nbs/31_checkpoints.ipynb #00acbb7d
@@ -108,25 +109,25 @@ def _read_safetensors(path):
     try: return safetensors.torch.load_file(path)
     except SafetensorError as e: raise CheckpointError(f'{path.name!r} is damaged or no safetensors file ({e}); copy or download it again') from None
 
-# %% ../nbs/31_checkpoints.ipynb #b6d20d0a
+# %% ../nbs/31_checkpoints.ipynb #6210f016
 def _later(module, name):
     "A function of a later chapter, whose module is loaded when it is first called."
     return lambda *args: getattr(import_module(f'fdsl_nb.{module}'), name)(*args)
 
-READERS = {'.safetensors': _read_safetensors, '.npz': _later('google', 'read_google')}
+READERS = {'.safetensors': _read_safetensors, '.npz': _later('google', 'read_google'), '.index': _later('bundle', 'open_bundle')}
 
-# %% ../nbs/31_checkpoints.ipynb #c29e09a1
+# %% ../nbs/31_checkpoints.ipynb #10e4721b
 def read_checkpoint(
     path:str|Path,        # .pth, .pth.tar, .torch, .safetensors, …
-) -> dict:                # as stored, tensors on the CPU
+) -> Mapping:             # as stored, tensors on the CPU; a bundle's are read when asked for
     "A checkpoint's content, without running anything in it; `CheckpointError` or `FileNotFoundError` says what is wrong and what to do."
     path = Path(path)
     _check_file(path)
     content = READERS.get(path.suffix.lower(), _read_torch)(path)
-    if not isinstance(content, dict): raise CheckpointError(f'{path.name!r} holds a {type(content).__name__}, not a checkpoint; save model.state_dict()')
+    if not isinstance(content, Mapping): raise CheckpointError(f'{path.name!r} holds a {type(content).__name__}, not a checkpoint; save model.state_dict()')
     return content
 
-# %% ../nbs/31_checkpoints.ipynb #ba093408
+# %% ../nbs/31_checkpoints.ipynb #6b10128b
 @dataclass(frozen=True)
 class Layout:
     "Where one family of programs keeps the weights: functions of a checkpoint's content, each a dict of tensors or None."
@@ -134,6 +135,7 @@ class Layout:
     files: str                                     # what such files are usually called
     weights: Callable
     averaged: Callable = lambda content: None
+    note: str = ''                                 # what the file does not say, for the report
 
 def _tensors(value): return value if isinstance(value, dict) and value and all(map(torch.is_tensor, value.values())) else None
 
@@ -147,16 +149,19 @@ def _trunk(content):
     found, names = _entry('classy_state_dict', 'base_model', 'model', 'trunk')(content), dict(class_token='cls_token', pos_embedding='pos_embed')
     return found and {names.get(k, k): v for k, v in clean_state_dict(found).items()}
 
-# %% ../nbs/31_checkpoints.ipynb #bd9077e6
+# %% ../nbs/31_checkpoints.ipynb #2a0db066
 LAYOUTS = (
     Layout('timm', 'last.pth.tar, model_best.pth.tar, checkpoint-N.pth.tar', _entry('state_dict'), _entry('state_dict_ema')),
     Layout('model', '*_NNNep.pth', _entry('model'), _entry('model_ema')),
     Layout('VISSL trunk', '*.torch', _trunk),
     Layout('Google', '*.npz', _later('google', 'google_weights')),
     Layout('ViT-pytorch', '*_checkpoint.bin', _later('google', 'vit_pytorch_weights')),
+    Layout('COYO-ViT', '*.index', _later('coyo_vit', 'coyo_weights'), _later('coyo_vit', 'coyo_averages')),
+    Layout('Hugging Face ViT', 'pytorch_model.bin, *.safetensors', _later('coyo_vit', 'hugging_face_weights'),
+           note="its config.json names the activation; COYO-ViT's is gelu_tanh (model coyo_vit_…)"),
     Layout('weights', '*.safetensors, *.pth', _tensors))
 
-CHECKS = {'Google': _later('google', 'check_heads')}     # functions of (model, path) that raise
+CHECKS = {'Google': _later('google', 'check_heads'), 'COYO-ViT': _later('coyo_vit', 'check_activation')}     # functions of (model, path) that raise
 
 # %% ../nbs/31_checkpoints.ipynb #82a54862
 def _from_address(source, where):
@@ -167,21 +172,20 @@ def _from_address(source, where):
         remedy = 'is it a folder with model.safetensors?' if source == 'local-dir' else 'without network, copy the repository and use local-dir:FOLDER'
         raise CheckpointError(f'{source}:{where} cannot be opened ({type(e).__name__}: {e}); {remedy}') from e
 
-# %% ../nbs/31_checkpoints.ipynb #30b518d1
+# %% ../nbs/31_checkpoints.ipynb #20e16032
 def read_weights(
     path:str|Path,        # a file, `local-dir:FOLDER` or `hf-hub:OWNER/MODEL`
     ema:bool=False,       # the averaged weights instead
 ) -> tuple:               # (the layout's name, dict of tensors)
     "The weights of a checkpoint of any known layout; `CheckpointError` if it has none."
     source, _, where = str(path).partition(':')
-    if source in ('local-dir', 'hf-hub'): return source, clean_state_dict(_from_address(source, where))
-    content, name = read_checkpoint(path), Path(path).name
-    layout = next((l for l in LAYOUTS if l.weights(content)), None)
-    if not layout: raise CheckpointError(f'{name!r} holds {", ".join(map(repr, list(content)[:6]))}: none of the layouts '
-                                         f'{", ".join(l.name for l in LAYOUTS)}; save its dict of weights alone')
-    found = layout.averaged(content) if ema else layout.weights(content)
-    if not found: raise CheckpointError(f'{name!r} has no averaged weights; leave ema out')
-    return layout.name, clean_state_dict(found)
+    address = source in ('local-dir', 'hf-hub')
+    content, name = (_from_address(source, where), str(path)) if address else (read_checkpoint(path), Path(path).name)
+    for layout in LAYOUTS:
+        found = (layout.averaged if ema else layout.weights)(content)
+        if found: return source if address and layout.name == 'weights' else layout.name, clean_state_dict(found)
+    if ema and any(l.weights(content) for l in LAYOUTS): raise CheckpointError(f'{name!r} has no averaged weights; leave ema out')
+    raise CheckpointError(f'{name!r} holds {", ".join(map(repr, list(content)[:6]))}: none of the layouts {", ".join(l.name for l in LAYOUTS)}; save its dict of weights alone')
 
 # %% ../nbs/31_checkpoints.ipynb #55157ce0
 def _resize_positions(model, weights, mode):
@@ -205,17 +209,23 @@ def _modernise(model, weights):
         raise CheckpointError(f'these weights are of no {type(model).__name__} of this size ({e}); create the model that was trained') from e
     return modern, tuple((k, tuple(weights[k].shape), tuple(v.shape)) for k, v in modern.items() if k in weights and v.shape != weights[k].shape)
 
-# %% ../nbs/31_checkpoints.ipynb #a7b2f0d5
+# %% ../nbs/31_checkpoints.ipynb #650568fc
 HEADS = ('auto', 'keep', 'new', 'zero')
+
+def _leave_representation(model, weights):
+    "The weights without a representation layer that the model lacks, and whether a head among them stands on the model's own layers."
+    own, stored = ({k for k in names if k.startswith('pre_logits.')} for names in (model.state_dict(), weights))
+    return {k: v for k, v in weights.items() if k not in stored - own}, own == stored
 
 def _head_of(model, weights): return {k: v for k, v in weights.items() if k.rpartition('.')[0] in head_names(model)}
 
-def _take_head(model, weights, choice):
+def _take_head(model, weights, choice, stands):
     "The weights that remain, and what became of the head in words."
     if choice not in HEADS: raise ValueError(f'head={choice!r} is not known' + did_you_mean(choice, HEADS))
     head, own = _head_of(model, weights), _head_of(model, model.state_dict())
-    fits = bool(head) and {k: v.shape for k, v in head.items()} == {k: v.shape for k, v in own.items()}
+    fits = stands and bool(head) and {k: v.shape for k, v in head.items()} == {k: v.shape for k, v in own.items()}
     classes = f'{len(next(iter(head.values())))} classes in the file' if head else 'none in the file'
+    if head and not stands: classes += ' on another representation layer'
     if choice == 'keep' and not fits: raise CheckpointError(f"head='keep', but there are {classes} and {model.num_classes} in the model; use 'auto', 'new' or 'zero'")
     if fits and choice in ('auto', 'keep'): return weights, f'kept, {model.num_classes} classes'
     fresh = 'the model has none' if not own else f'{model.num_classes} in the model, {"zeroed" if choice == "zero" else "fresh"}'
@@ -236,7 +246,7 @@ def _refuse_misfits(model, weights, name, partial):
             + (f'; and {len(misfits) - 3} more' if len(misfits) > 3 else '') + '. Create the model that was trained'
             + ('' if sizes or partial else ', or pass partial=True to load what fits'))
 
-# %% ../nbs/31_checkpoints.ipynb #b0cd4ae4
+# %% ../nbs/31_checkpoints.ipynb #72d57180
 @dataclass(frozen=True, repr=False)
 class LoadReport:
     "What `load_weights` did: counts of tensors, names of those left over, the head, and what was resized."
@@ -252,10 +262,11 @@ class LoadReport:
         def shape(numbers): return '×'.join(map(str, numbers))
         lines = [f'{re.split(r"[/:]", self.source)[-1]}, layout {self.layout}: {self.loaded} tensors loaded', f'head: {self.head}',
                  *(f'{name}: {shape(old)} → {shape(new)}' for name, old, new in self.resized),
-                 f'missing: {count(self.missing)}, unexpected: {count(self.unexpected)}']
+                 f'missing: {count(self.missing)}, unexpected: {count(self.unexpected)}',
+                 *(f'note: {l.note}' for l in LAYOUTS if l.name == self.layout and l.note)]
         return '\n  '.join(lines)
 
-# %% ../nbs/31_checkpoints.ipynb #c17ee2b6
+# %% ../nbs/31_checkpoints.ipynb #b318fa86
 def load_weights(
     model:torch.nn.Module,# made by timm; changed in place, or not at all if there is an error
     path:str|Path,        # a file, `local-dir:FOLDER` or `hf-hub:OWNER/MODEL`
@@ -269,17 +280,18 @@ def load_weights(
     model, (layout, weights) = unwrap_model(model), read_weights(path, ema)
     if layout in CHECKS: CHECKS[layout](model, path)
     weights, positions = _resize_positions(model, weights, resize)
+    weights, stands = _leave_representation(model, weights)
     weights, others = _modernise(model, weights)
-    body, fate = _take_head(model, weights, head)
+    body, fate = _take_head(model, weights, head, stands)
     _refuse_misfits(model, body, Path(str(path)).name, partial)
     left = model.load_state_dict(body, strict=False)
     if head == 'zero': zero_head(model)
-    return LoadReport(str(path), layout, len(body) - len(left.unexpected_keys), tuple(left.missing_keys), tuple(left.unexpected_keys),
-                      fate, ((positions,) if positions else ()) + others)
+    return LoadReport(str(path), layout, len(body) - len(left.unexpected_keys), tuple(left.missing_keys), tuple(left.unexpected_keys), fate, (*filter(None, [positions]), *others))
 
-# %% ../nbs/31_checkpoints.ipynb #342c92e3
+# %% ../nbs/31_checkpoints.ipynb #2a73c7f2
 def _card(model, arch, description, license, tags):
-    usage = "```python\nimport timm\nmodel = timm.create_model('local-dir:FOLDER', pretrained=True)   # FOLDER: where this file is\n```"
+    ours = '' if type(model).__module__.startswith('timm.') else f'import {type(model).__module__}   # makes the architecture known to timm\n'
+    usage = f"```python\nimport timm\n{ours}model = timm.create_model('local-dir:FOLDER', pretrained=True)   # FOLDER: where this file is\n```"
     details = {'Architecture': arch, 'Classes': model.num_classes, 'Parameters': f'{sum(p.numel() for p in model.parameters()):,}'}
     return generate_readme(dict(tags=list(tags), license=license, description=description, details=details, usage=usage), arch)
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESNET', 'LANDMARKS', 'GOOGLE_NAMES', 'VIT_PYTORCH_KEYS', 'block_shapes', 'resnet_shapes', 'google_shapes',
-           'read_google', 'google_weights', 'check_heads', 'vit_pytorch_weights', 'vit_pytorch_dropout']
+           'read_google', 'fuse_attention', 'google_weights', 'check_heads', 'vit_pytorch_weights',
+           'vit_pytorch_dropout']
 
 # %% ../nbs/31a_google.ipynb #7d37831e
 import io, math, re, zipfile
@@ -125,7 +126,7 @@ def _renamed(weights, rules):
         return key
     return {name(key): value for key, value in weights.items()}
 
-# %% ../nbs/31a_google.ipynb #c346f7c0
+# %% ../nbs/31a_google.ipynb #ad9139ac
 def _turned(name, value):
     "A kernel with its axes in torch's order; biases lose their heads."
     if name.endswith('/kernel'):
@@ -134,14 +135,18 @@ def _turned(name, value):
         return value.T
     return value.flatten() if name.endswith('/bias') else value
 
-def _fused(weights):
-    "Separate query, key and value as timm's `qkv`."
+def fuse_attention(
+    weights:dict,         # timm's names, but for `….attn.query.…`, `key` and `value`
+) -> dict:
+    "Separate query, key and value as timm's `qkv`; `CheckpointError` if one is missing."
+    lost = [k for k in weights if '.attn.query.' in k and not {k.replace('query', p) for p in ('key', 'value')} <= weights.keys()]
+    if lost: raise CheckpointError(f'{lost[0]} has no key or value beside it; the file is not complete: copy it again')
     found = {k: v for k, v in weights.items() if not re.search(r'\.attn\.(query|key|value)\.', k)}
     for name in [k for k in weights if '.attn.query.' in k]:
         found[name.replace('query', 'qkv')] = torch.cat([weights[name.replace('query', part)] for part in ('query', 'key', 'value')])
     return {k: v.contiguous() for k, v in found.items()}
 
-# %% ../nbs/31a_google.ipynb #8b954d0e
+# %% ../nbs/31a_google.ipynb #641d2c29
 def google_weights(
     content:dict,         # of a checkpoint
 ) -> dict|None:           # timm's name → tensor; None if the content is not of this kind
@@ -149,7 +154,7 @@ def google_weights(
     if 'Transformer/posembed_input/pos_embedding' not in content: return None
     behind = ('pre_logits/', 'head/') if 'pre_logits/kernel' in content else ()
     turned = {k: _turned(k, v) for k, v in content.items() if not k.startswith(behind)}
-    return _fused(_renamed(turned, GOOGLE_NAMES))
+    return fuse_attention(_renamed(turned, GOOGLE_NAMES))
 
 # %% ../nbs/31a_google.ipynb #230cbb48
 def check_heads(
@@ -163,7 +168,7 @@ def check_heads(
     own = getattr(attention, 'num_heads', heads)
     if own != heads: raise CheckpointError(f'{Path(path).name!r} has {heads} attention heads, {type(model).__name__} has {own}; create the model with num_heads={heads}')
 
-# %% ../nbs/31a_google.ipynb #31be2a3e
+# %% ../nbs/31a_google.ipynb #dafa4bb9
 def vit_pytorch_weights(
     content:dict,         # of a checkpoint
 ) -> dict|None:           # timm's name → tensor; None if the content is not of this kind
@@ -172,9 +177,7 @@ def vit_pytorch_weights(
     content = clean_state_dict(content)
     if any('.hybrid_model.' in k for k in content):
         raise CheckpointError("the hybrid of ViT-pytorch pads and norms its ResNet otherwise than timm's, and would give other answers; fine-tune from Google's R50+ViT-B_16.npz")
-    lost = [k for k in content if '.attn.query.' in k and not {k.replace('query', p) for p in ('key', 'value')} <= content.keys()]
-    if lost: raise CheckpointError(f'{lost[0]} has no key or value beside it; the file is not complete: copy it again')
-    return _fused(_renamed(content, VIT_PYTORCH_KEYS))
+    return fuse_attention(_renamed(content, VIT_PYTORCH_KEYS))
 
 # %% ../nbs/31a_google.ipynb #02dac8c0
 def vit_pytorch_dropout(

@@ -6,10 +6,11 @@
 __all__ = ['VIT_PYTORCH_NAMES', 'RESIZE_MODES', 'current_name', 'create_model', 'takes_image_size', 'head_names', 'zero_head',
            'resize_position_embedding', 'parameter_groups', 'freeze']
 
-# %% ../nbs/30_models.ipynb #b2389853
+# %% ../nbs/30_models.ipynb #1a65e9f8
 import math
 from contextlib import nullcontext
 from fnmatch import fnmatch
+from importlib import import_module
 import timm, torch
 from timm.layers import freeze_batch_norm_2d
 from timm.models import get_deprecated_models, get_pretrained_cfg
@@ -18,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from .settings import did_you_mean
 
-# %% ../nbs/30_models.ipynb #8637e8c3
+# %% ../nbs/30_models.ipynb #26078b32
 VIT_PYTORCH_NAMES = {'ViT-B_16': 'vit_base_patch16_224', 'ViT-B_32': 'vit_base_patch32_224', 'ViT-L_16': 'vit_large_patch16_224',
     'ViT-L_32': 'vit_large_patch32_224', 'ViT-H_14': 'vit_huge_patch14_224', 'R50-ViT-B_16': 'vit_base_r50_s16_224'}
 
@@ -26,6 +27,7 @@ def current_name(
     name:str,             # a timm name of any year, with or without tag; or `local-dir:FOLDER`, `hf-hub:OWNER/MODEL`
 ) -> str:                 # the name that today's timm knows
     "Today's name of a timm model; `ValueError` with the nearest name if there is none."
+    if ':' in name or name.startswith('coyo_vit_'): import_module('fdsl_nb.coyo_vit')     # makes its networks known to timm
     if ':' in name: return name
     if name.startswith('vit_deit_'): name = name.removeprefix('vit_')
     name = VIT_PYTORCH_NAMES.get(name) or get_deprecated_models().get(name) or name
@@ -51,14 +53,15 @@ def create_model(
     if image_size and fixed: _check_patches(model, image_size)
     return model
 
-# %% ../nbs/30_models.ipynb #4cda7e69
+# %% ../nbs/30_models.ipynb #d5767eff
 def takes_image_size(name:str) -> bool:
     "Whether a network is built for one image size: transformers and mixers are, ResNets and PVTs not; an address (`local-dir:…`) is taken to be."
     return ':' in name or bool(get_pretrained_cfg(name).fixed_input_size)
 
 def _check_patches(model, image_size):
     patches = getattr(model, 'patch_embed', None) or getattr(model, 'stem', None)
-    patch = getattr(patches, 'patch_size', (1, 1))[0]
+    patch = getattr(patches, 'patch_size', 1)
+    if not isinstance(patch, int): patch = patch[0]
     if image_size % patch:
         near = max(image_size // patch, 1) * patch
         raise ValueError(f'image_size={image_size} is no multiple of the patch, {patch} pixels; choose {near} or {near + patch}')
