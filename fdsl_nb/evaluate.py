@@ -15,7 +15,7 @@ import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from .distributed import rank, total, world
 
-# %% ../nbs/34_evaluate.ipynb #a45720eb
+# %% ../nbs/34_evaluate.ipynb #8b767edc
 @dataclass(frozen=True)
 class Evaluation:
     "Counts over a whole split: confusion int64 [classes, classes] (true, answered), images right within five guesses, summed loss."
@@ -32,6 +32,7 @@ class Evaluation:
     def top5(self) -> float: return 100 * self.within_five / self.images
     @property
     def loss(self) -> float: return self.loss_sum / self.images
+    def figures(self) -> dict: return dict(images=self.images, loss=self.loss, top1=self.top1, top5=self.top5)
     def __repr__(self): return f'{self.correct} of {self.images} right: top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} %, loss {self.loss:.4f}'
 
 # %% ../nbs/34_evaluate.ipynb #9dc5d3f4

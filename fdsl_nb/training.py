@@ -4,54 +4,63 @@
 
 # %% auto #0
 __all__ = ['RUN', 'FREE', 'RECORDS', 'read_recipe', 'open_splits', 'make_model', 'architecture_of', 'make_loaders', 'WandbLog',
-           'train', 'measure', 'run_training', 'read_result', 'recorded', 'clear']
+           'many_labels', 'judges', 'make_callbacks', 'train', 'go_on', 'chosen_model', 'finish', 'run_training',
+           'read_result', 'recorded', 'clear']
 
-# %% ../nbs/36_training.ipynb #0d5599b4
+# %% ../nbs/36_training.ipynb #15c9efe3
 import json, time, uuid
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 import wandb
 from fastai.callback.core import Callback
 from timm.utils import unwrap_model
 from .augment import eval_transform, train_transform
-from .checkpoints import load_weights, read_checkpoint
-from .datasets import EpochBatches, eval_loader, open_dataset, train_loader
+from .checkpoints import export_model, load_weights, read_checkpoint
+from .datasets import EpochBatches, eval_loader, hold_out, open_dataset, train_loader
 from .distributed import found_ranks, join, launch, rank, world
 from .evaluate import evaluate
-from .folder import RunFolder, log_event, read_summary, refuse_other_run, set_status, whole_file, write_config
-from .learner import fdsl_learner, restore
-from .models import create_model
-from .recipes import Recipe, resolve
+from .folder import RunFolder, add_epoch, log_event, refuse_other_run, set_status, whole_file, write_config
+from .learner import fdsl_learner
+from .multilabel import MultiLabelCounter, MultiLabelLoss, evaluate_labels
+from .models import create_model, freeze
+from .plan import Recipe, checked, in_epochs
+from .recipes import resolve
+from .saving import Pause, Records, Recovery, SaveInputs, latest, restore
 from .settings import Resolved
 
-# %% ../nbs/36_training.ipynb #6e9af12d
+# %% ../nbs/36_training.ipynb #be6f9a80
 RUN = dict(seed=0, folder='', weights='', restart=False, workers=0, processes=1, stage='pretrain',
-    wandb_mode='offline', wandb_entity='', wandb_project='fdsl')
-FREE = ('restart', 'workers', 'processes', 'folder', 'wandb_mode', 'wandb_entity', 'wandb_project')    # may differ when a run is continued
+    history=0, hold=0, recovery=0, pause=0, export=True, save_inputs=False, wandb_mode='offline', wandb_entity='', wandb_project='fdsl', wandb_group='')
+FREE = tuple(k for k in RUN if k not in ('seed', 'weights', 'stage'))       # may differ when a run is continued
 
 def read_recipe(config:dict) -> Recipe:
-    "The recipe inside a configuration; lists become tuples again after a trip through JSON."
+    "The recipe inside a configuration, in epochs; lists become tuples again after a trip through JSON."
     values = {f.name: config[f.name] for f in fields(Recipe) if f.name in config}
-    return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return in_epochs(checked(Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})))
 
-# %% ../nbs/36_training.ipynb #bad08e91
+# %% ../nbs/36_training.ipynb #af6c15c4
 def open_splits(config:dict) -> dict:
     "The data set's splits that exist, by name; `ValueError` if classes differ between them."
     knobs = config.get('knobs') or {}
-    splits = {s: open_dataset(config['dataset'], s, **knobs) for s in ('train', 'val', 'test')}
+    splits = {s: open_dataset(config['dataset'], s, data=config.get('data') or '', **knobs) for s in ('train', 'val', 'test')}
     splits = {s: d for s, d in splits.items() if d is not None}
     for s, d in splits.items():
         if d.classes != splits['train'].classes:
             odd = sorted(set(d.classes) ^ set(splits['train'].classes))[0]
             raise ValueError(f"dataset={config['dataset']!r}: class {odd!r} is not in both train and {s}; the splits must have the same class folders")
+    if config.get('hold_out') and 'val' not in splits: splits['train'], splits['val'] = hold_out(splits['train'], config['hold_out'])
     return splits
 
-# %% ../nbs/36_training.ipynb #09b22ba7
+# %% ../nbs/36_training.ipynb #7fde6531
 def make_model(config:dict, classes:int):
     "The model of a configuration, and what was loaded into it: (model, `LoadReport` or None)."
     r = read_recipe(config)
-    model = create_model(r.model, classes, r.image_size, seed=config['seed'], drop_path_rate=r.drop_path, **r.model_options)
-    return model, load_weights(model, config['weights']) if config['weights'] else None
+    drops = dict(drop_path_rate=r.drop_path) | (dict(drop_rate=r.drop) if r.drop else {})
+    model = create_model(r.model, classes, r.image_size, seed=config['seed'], **{k: v for k, v in drops.items() if v}, **r.model_options)
+    loaded = load_weights(model, config['weights'], head=r.head, resize=r.resize) if config['weights'] else None
+    if r.freeze: freeze(model, *r.freeze)
+    return model, loaded
 
 def architecture_of(weights:str) -> dict:
     "The architecture that a checkpoint of this kit records: model, model_options, image_size; empty for other checkpoints and addresses."
@@ -59,15 +68,16 @@ def architecture_of(weights:str) -> dict:
     args = getattr(read_checkpoint(weights).get('args'), '__dict__', {})     # other programs keep a dict there, or nothing
     return {k: args[k] for k in ('model', 'model_options', 'image_size') if k in args} if 'model_options' in args else {}
 
-# %% ../nbs/36_training.ipynb #46558f19
+# %% ../nbs/36_training.ipynb #dcb3224d
 def make_loaders(config:dict, splits:dict):
     "(training loader, validation loader or empty) of this process."
     r, images = read_recipe(config), splits['train']
     batches = EpochBatches(len(images), r.batch, config['seed'], rank(), world(), r.repeats, r.epoch_images or None)
-    valid = eval_loader(splits['val'], eval_transform(r), 256, rank(), world()) if 'val' in splits else ()
+    choose = 'test' if r.best_by == 'top1_test' else 'val'
+    valid = eval_loader(splits[choose], eval_transform(r), 256, rank(), world(), config['workers']) if choose in splits else ()
     return train_loader(images, train_transform(r), batches, config['workers']), valid
 
-# %% ../nbs/36_training.ipynb #72adb74d
+# %% ../nbs/36_training.ipynb #779879d2
 class WandbLog(Callback):
     "Logs each epoch's row to wandb, from process 0; `wandb_mode='disabled'` for not at all."
     order, run_valid = 70, False
@@ -75,53 +85,89 @@ class WandbLog(Callback):
     def before_fit(self):
         c, known = self.config, self.folder.file('wandb-id.txt')
         if not known.exists(): known.write_text(uuid.uuid4().hex[:8])
-        self.run = wandb.init(mode=c['wandb_mode'], entity=c['wandb_entity'] or None, project=c['wandb_project'], dir=self.folder.path, config=c,
+        self.run = wandb.init(mode=c['wandb_mode'], entity=c['wandb_entity'] or None, project=c['wandb_project'],
+            group=c['wandb_group'] or None, dir=self.folder.path, config=c,
             id=known.read_text(), resume='allow', name=self.folder.path.name, settings=wandb.Settings(silent=True, console='off'))
     def after_epoch(self): self.run.log(self.learn.row, step=self.learn.epoch)
     def after_fit(self): self.run.finish()
 
-# %% ../nbs/36_training.ipynb #05b6f31c
+# %% ../nbs/36_training.ipynb #39bb0843
+def many_labels(splits:dict) -> bool: return getattr(splits['train'], 'multilabel', False)
+
+def judges(splits:dict, r:Recipe) -> dict:
+    "The loss and the counter that the data set asks for; none where the recipe's are right. `ValueError` where they are not."
+    if not many_labels(splits): return {}
+    if r.loss != 'bce': raise ValueError(f'loss={r.loss!r}, but the images have several labels each; set loss=bce')
+    return dict(loss=MultiLabelLoss(r.smoothing), counter=partial(MultiLabelCounter, len(splits['train'].classes)))
+
+# %% ../nbs/36_training.ipynb #9e9bca99
+def make_callbacks(config:dict, folder:RunFolder) -> list:
+    "The callbacks that keep a run's records."
+    c = config
+    cbs = [Records(folder, c, c['history'], c['hold'])]
+    if c['recovery']: cbs.append(Recovery(folder, c, c['recovery']))
+    if c['pause']: cbs.append(Pause(c['pause']))
+    if c['save_inputs']: cbs.append(SaveInputs(folder, read_recipe(c)))
+    if rank() == 0 and c['wandb_mode'] != 'disabled': cbs.append(WandbLog(folder, c))
+    return cbs
+
+# %% ../nbs/36_training.ipynb #5301a3b1
 def train(
     config:dict,          # fields of a `Recipe` and of `RUN`, plain data
-) -> dict:                # epochs, train_loss, seconds; with something to measure on: correct, images, top1, top5, confusion, …
+) -> dict:                # epochs, train_loss, seconds, paused; with something to measure on: correct, images, top1, top5, confusion, …
     "Trains by a configuration in `config['folder']`, continuing if it holds a checkpoint; every process of a run calls it."
-    started = time.time()
+    started, config = time.time(), RUN | config
     with join() as device:
-        r, folder = read_recipe(config), RunFolder(config['folder'])
-        splits = open_splits(config)
+        r, folder, splits = read_recipe(config), RunFolder(config['folder']), open_splits(config)
         classes = len(splits['train'].classes)
         model, loaded = make_model(config, classes)
-        log = [WandbLog(folder, config)] if rank() == 0 and config['wandb_mode'] != 'disabled' else []
-        learn = fdsl_learner(model, r, *make_loaders(config, splits), classes, folder, config['seed'], device, config, log)
+        learn = fdsl_learner(model, r, *make_loaders(config, splits), classes, config['seed'], device, **judges(splits, r), cbs=make_callbacks(config, folder))
         if rank() == 0: log_event(folder, 'start', processes=world(), device=str(device), weights=str(loaded or ''))
-        if folder.file('last.pth.tar').exists(): restore(learn, folder.file('last.pth.tar'))
-        if rank() == 0 and learn.first_epoch: print(f'continuing after epoch {learn.first_epoch}', flush=True)
+        go_on(learn, folder)
         learn.fit(r.epochs)
-        found = measure(learn, config, splits, device)
-        return found | dict(epochs=r.epochs, train_loss=(learn.row or read_summary(folder)[-1])['train_loss'], seconds=round(time.time() - started, 1))
+        done = dict(epochs=learn.row['epoch'] + 1, train_loss=learn.row['train_loss'], paused=learn.paused)
+        found = {} if learn.paused else finish(learn, config, splits, device)
+        return found | done | dict(seconds=round(time.time() - started, 1))
 
-# %% ../nbs/36_training.ipynb #73a9ab67
-def measure(learn, config, splits, device) -> dict:
-    "The final counts on the test split, else the validation split, with the weights the recipe chooses; empty without either."
-    r, folder = read_recipe(config), RunFolder(config['folder'])
+# %% ../nbs/36_training.ipynb #ad4fe394
+def go_on(learn, folder:RunFolder):
+    "Continues from the folder's latest checkpoint, if it has one, and mends a summary that a kill left one row short."
+    path = latest(folder)
+    if path is None: return
+    row = restore(learn, path)
+    if rank(): return
+    if row: add_epoch(folder, row)
+    print(f'continuing after epoch {learn.first_epoch}' + (f', step {learn.first_batch}' if learn.first_batch else ''), flush=True)
+
+# %% ../nbs/36_training.ipynb #2561f137
+def chosen_model(learn, folder:RunFolder):
+    "The network with the weights that the recipe chooses: averaged or not, of the best epoch or the last."
+    model, best = learn.average.module if learn.average else unwrap_model(learn.model), folder.file('model_best.pth.tar')
+    if learn.recipe.best_by != 'last' and best.exists():
+        model.load_state_dict(read_checkpoint(best)['state_dict_ema' if learn.average else 'state_dict'])
+    return model
+
+def finish(learn, config, splits, device) -> dict:
+    "Measures and exports the chosen network; the counts on the test split, else the validation split, empty without either."
+    r, folder = learn.recipe, RunFolder(config['folder'])
+    model = chosen_model(learn, folder)
+    if config['export'] and rank() == 0:
+        export_model(folder.file('model'), model, description=f"Trained on {config['dataset']} by `{r.name or 'own settings'}` ({r.paper or 'no paper'}).",
+            data_config=dict(mean=r.mean, std=r.std, interpolation=r.interpolation, crop_pct=r.crop, crop_mode=r.crop_mode))
     split = next((s for s in ('test', 'val') if s in splits), None)
     if split is None: return {}
-    model = unwrap_model(learn.model)
-    if r.best_by != 'last' and folder.file('model_best.pth.tar').exists():
-        model.load_state_dict(read_checkpoint(folder.file('model_best.pth.tar'))['state_dict'])
-    loader = eval_loader(splits[split], eval_transform(r), 256, rank(), world())
-    e = evaluate(model, loader, len(splits[split].classes), device)
-    return dict(split=split, correct=e.correct, images=e.images, top1=e.top1, top5=e.top5, loss=e.loss, within_five=e.within_five,
-        confusion=e.confusion.tolist(), classes=splits[split].classes)
+    loader, classes = eval_loader(splits[split], eval_transform(r), 256, rank(), world(), config['workers']), splits[split].classes
+    if many_labels(splits): return dict(split=split, **evaluate_labels(model, loader, len(classes), device, average_precision=True).figures())
+    e = evaluate(model, loader, len(classes), device)
+    return dict(split=split, correct=e.correct, within_five=e.within_five, confusion=e.confusion.tolist(), classes=classes, **e.figures())
 
-# %% ../nbs/36_training.ipynb #e757e86c
+# %% ../nbs/36_training.ipynb #5a041f8c
 def run_training(
     config:dict,          # name → `Resolved`; see `resolve` and `RUN`
 ) -> dict:                # of `train`
     "Runs `train` on as many processes as the configuration says, records status and result, and continues what was interrupted."
-    values = {k: v.value for k, v in config.items()}
-    folder = RunFolder(values['folder'])
-    ranks = found_ranks()
+    values = RUN | {k: v.value for k, v in config.items()}
+    folder, ranks = RunFolder(values['folder']), found_ranks()
     if ranks and ranks['rank']:      # a rank that a cluster's launcher made: process 0 keeps the records
         return read_result(folder) if folder.state == 'done' and not values['restart'] else train(values)
     if values['restart']: clear(folder)
@@ -129,15 +175,18 @@ def run_training(
     if folder.state == 'done': return read_result(folder)
     return recorded(folder, config, values)
 
-# %% ../nbs/36_training.ipynb #bf035dc0
+# %% ../nbs/36_training.ipynb #851dda32
 def read_result(folder:RunFolder) -> dict: return json.loads(folder.file('result.json').read_text())
 
 def recorded(folder:RunFolder, config:dict, values:dict) -> dict:
-    "Launches `train`, keeping `config.json`, `status.json` and `result.json` true."
+    "Launches `train`, keeping `config.json`, `status.json` and `result.json` true; a paused run has no result yet."
     try:
         write_config(folder, config)
         set_status(folder, 'running')
         result = launch('fdsl_nb.training:train', values, values['processes'])
+        if result['paused']:
+            set_status(folder, 'paused', epoch=result['epochs'])
+            return result
         with whole_file(folder.file('result.json'), 'w') as f: json.dump(result, f)
         set_status(folder, 'done')
         return result
@@ -145,9 +194,11 @@ def recorded(folder:RunFolder, config:dict, values:dict) -> dict:
         set_status(folder, 'failed', reason=f'{type(e).__name__}: {e}')
         raise
 
-# %% ../nbs/36_training.ipynb #aed4a00d
-RECORDS = ('wandb-id.txt', 'status.json', 'config.json', 'environment.txt', 'summary.csv', 'log.jsonl', 'result.json', 'last.pth.tar', 'model_best.pth.tar')
+# %% ../nbs/36_training.ipynb #eac23cb4
+RECORDS = ('wandb-id.txt', 'status.json', 'config.json', 'environment.txt', 'summary.csv', 'log.jsonl', 'result.json', 'inputs.png', '*.pth.tar',
+    'model/model.safetensors', 'model/config.json', 'model/README.md', 'model/pytorch_model.bin')
 
 def clear(folder:RunFolder):
     "Removes a run's own records, and nothing else, from its folder."
-    for name in RECORDS: folder.file(name).unlink(missing_ok=True)
+    for pattern in RECORDS:
+        for path in folder.path.glob(pattern): path.unlink()
