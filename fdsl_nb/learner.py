@@ -6,11 +6,10 @@
 __all__ = ['ResumableLearner', 'FDSLLearner', 'EveryStep', 'MixBatch', 'Precision', 'StopOnNonFinite', 'Loss', 'Averaging',
            'Sums', 'wrapped', 'fdsl_learner']
 
-# %% ../nbs/35_learner.ipynb #171d4409
-import time
+# %% ../nbs/35_learner.ipynb #5f038835
+import time, torch
 from contextlib import nullcontext
 from functools import partial
-import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelBackwardException, CancelEpochException, CancelStepException, TrainEvalCallback
 from fastai.data.core import DataLoaders
