@@ -94,6 +94,7 @@ def test_drawers_are_those_of_two_hundred_thresholds():
     logits = torch.from_numpy(np.concatenate([g.normal(0, 3, 500), [-200., 200., 0.]])).float()
     y = g.random(503) < 0.3
     p = logits.sigmoid().numpy()
+    assert drawer(logits).tolist() == [int((x > thresholds[1:-1]).sum()) for x in p.astype(float)]
     true, false = (np.array([(p[y == kind] > t).sum() for t in thresholds]) for kind in (True, False))
     rates = true / y.sum(), false / (~y).sum()
     expected = sum((rates[1][i] - rates[1][i + 1]) * (rates[0][i] + rates[0][i + 1]) / 2 for i in range(199))
