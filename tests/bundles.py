@@ -32,12 +32,13 @@ def block(rows, restart=16):
         before = key
     return body + b''.join(struct.pack('<I', at) for at in restarts or [0]) + struct.pack('<I', len(restarts or [0]))
 
-def table(rows, snappy=False, rows_in_block=50):
-    "An index file: blocks of rows, an empty block of metadata, the list of blocks, the footer."
+def table(rows, snappy=False, rows_in_block=50, spoil=lambda stored: stored):
+    "An index file: blocks of rows, an empty block of metadata, the list of blocks, the footer; `spoil` may change a block before it is summed."
     out, places = b'', []
     def store(content):
         nonlocal out
         stored = bytes(cramjam.snappy.compress_raw(content)) + b'\1' if snappy else content + b'\0'
+        stored = spoil(stored)
         place = varint(len(out)) + varint(len(stored) - 1)
         out += stored + struct.pack('<I', masked_crc(stored))
         return place
@@ -53,7 +54,7 @@ def raw_of(value):
         sums = b''.join(struct.pack('<I', len(text)) for text in value)
         rest = struct.pack('<I', masked_crc(sums)) + b''.join(value)
         return b''.join(varint(len(text)) for text in value) + rest, sums + rest, TEXT, (len(value),)
-    raw = bytes(value.contiguous().reshape(-1).view(torch.uint8).tolist()) if value.numel() else b''
+    raw = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b''
     return raw, raw, NUMBERS[value.dtype], tuple(value.shape)
 
 def write_bundle(path, tensors, shards=1, snappy=False, rows_in_block=50, names=lambda key: key + VALUE, edit=lambda key, fields: fields):

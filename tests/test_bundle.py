@@ -130,6 +130,15 @@ def test_tables_that_are_no_checkpoints(tmp_path):
         (tmp_path/f'{name}.index').write_bytes(table(rows))
         with pytest.raises(CheckpointError, match=answer): read_index(tmp_path/f'{name}.index')
 
+BLOCKS = {'kind 2, neither plain': lambda b: b[:-1] + b'\2', 'a row runs over': lambda b: b'\5' + b[1:], 'more than 64 bits': lambda b: b'\xff' * 12 + b[-9:],
+    'shorter than its own ending': lambda b: b'\0', 'snappy': lambda b: b'\xff' * 9 + b'\1', 'snappy: ': lambda b: b'\xff\xff\xff\xff\x0f' + b[1:-1] + b'\1'}
+
+@pytest.mark.parametrize('answer', BLOCKS)
+def test_blocks_that_cannot_be(tmp_path, answer):
+    "Wrong, though every checksum is right."
+    (tmp_path/'x.index').write_bytes(table([(b'', message((1, 1))), (b'key', message((1, 1)))], spoil=BLOCKS[answer]))
+    with pytest.raises(CheckpointError, match=f"'x.index' is damaged or no index.*{answer}"): open_bundle(tmp_path/'x.index')
+
 @pytest.mark.parametrize('broken', [b'\x80', b'\x0a\x05ab', b'\x0d\x01', b'\x0b', b'\xff' * 12])
 def test_broken_messages(broken):
     with pytest.raises(ValueError): fields(broken)

@@ -52,8 +52,6 @@ def test_larger_images_stretch_corner_on_corner():
 
 # Our own bundles, in every published layout
 
-PARTS = dict(q='query_dense', k='key_dense', v='value_dense')
-
 def keras_paths(weights):
     "The published program's paths, written out once more, by hand."
     found = {}
