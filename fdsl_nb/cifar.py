@@ -94,18 +94,18 @@ def _loaded(name, root, train):
     data = SOURCES[name](root, train=train)
     return data.data, np.array(data.targets), list(data.classes)
 
-# %% ../nbs/20c_cifar.ipynb #532a89a7
+# %% ../nbs/20c_cifar.ipynb #3968795f
 def open_cifar(
     name:str='cifar10',   # cifar10 or cifar100
     split:str='train',    # train, val or test
-    root:str|Path=None,   # folder that holds cifar-10-batches-py or its archive; the machine's data_root if None
+    root:str|Path=None,   # where cifar-10-batches-py or its archive is, or one of the two; the machine's data_root if None
     val:str='held_out',   # what to choose by: held_out, a tenth of the training images, or test, as the published programs do
 ) -> CifarDataset:
     "CIFAR-10 or CIFAR-100, fetched if need be; `ValueError` or `FileNotFoundError` names the split, choice or file, and the remedy."
     for what, given, known in (('dataset', name, SOURCES), ('split', split, ('train', 'val', 'test')), ('val', val, ('held_out', 'test'))):
         if given not in known: raise ValueError(f'{what}={given!r} is not known' + did_you_mean(given, known))
     source, root = SOURCES[name], Path(machine_settings()['data_root'].value if root is None else root).resolve()
-    if root.name == source.base_folder: root = root.parent
+    if root.name in (source.base_folder, source.filename): root = root.parent
     fetch(source, root)
     if bad := faults(source, root):
         raise ValueError(f'{name} in {str(root/source.base_folder)!r} is not whole: ' + ', '.join(f'{f} is {why}' for f, why in bad.items()) + '; delete that folder to fetch it anew, or copy it again')

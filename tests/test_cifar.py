@@ -66,8 +66,8 @@ def test_held_out_is_a_tenth_of_each_class_and_never_changes(classes, each, know
     assert set(np.bincount(labels[chosen])) == {each // 10}
     assert hashlib.sha256(np.packbits(chosen)).hexdigest()[:16] == known
 
-def test_the_folder_itself_may_be_named(small, tmp_path):
-    assert len(open_cifar('cifar10', 'test', tmp_path/'whole'/small.base_folder)) == 20
+def test_folder_or_archive_itself_may_be_named(small, tmp_path):
+    for name in (small.base_folder, small.filename): assert len(open_cifar('cifar10', 'test', tmp_path/'whole'/name)) == 20
 
 def test_data_root_of_the_machine(small, tmp_path, monkeypatch):
     monkeypatch.setenv('FDSL_DATA_ROOT', str(tmp_path/'whole'))
