@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['CARD', 'READING', 'pixels', 'make_plan', 'Job', 'shard_members', 'write_shard', 'class_files', 'digest',
            'write_class', 'write_parts', 'describe', 'refuse_other_build', 'read_lines', 'chunks', 'local_executor',
-           'finished', 'open_executor', 'print_progress', 'parameter_table', 'contact_sheet', 'data_card',
+           'finished', 'open_executor', 'leave_mpi', 'print_progress', 'parameter_table', 'contact_sheet', 'data_card',
            'write_beside', 'build']
 
-# %% ../nbs/21_build.ipynb #0942022a
-import csv, dataclasses, errno, hashlib, importlib.metadata, json, multiprocessing, os, shutil, tarfile, tempfile, threading, time
+# %% ../nbs/21_build.ipynb #967f4cac
+import csv, dataclasses, errno, hashlib, importlib.metadata, json, multiprocessing, os, shutil, sys, tarfile, tempfile, threading, time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -29,7 +29,7 @@ from .ifs3d import COLUMNS as SPACE
 from .datasets import open_dataset
 from .shards import FORMATS, LAYOUTS, Plan, encode, published_file, read_manifest
 
-# %% ../nbs/21_build.ipynb #2eba3f6a
+# %% ../nbs/21_build.ipynb #e43d771a
 @lru_cache(4)
 def _opened(name, split):
     "The data set, the order of its images by class, and how many each class has."
@@ -46,7 +46,7 @@ def pixels(
     if isinstance(source, Formula): return source.render(*divmod(i, source.instances))
     dataset, order, _ = _opened(*source)
     image = np.asarray(dataset[int(order[i])][0])
-    return np.ascontiguousarray(image[..., 0]) if (image == image[..., :1]).all() else image
+    return np.ascontiguousarray(image[..., 0]) if image.ndim == 3 and (image == image[..., :1]).all() else image
 
 # %% ../nbs/21_build.ipynb #c89c6f25
 def _images_for(source, n, format, wanted):
@@ -241,7 +241,7 @@ def finished(
     finally:
         for future in under_way: future.cancel()
 
-# %% ../nbs/21_build.ipynb #d68ce244
+# %% ../nbs/21_build.ipynb #04a892c9
 @contextmanager
 def open_executor(
     scheduler:str='',     # '' for this machine; 'dask' for a local cluster; 'tcp://…' for a running one; 'mpi'
@@ -251,15 +251,33 @@ def open_executor(
     if not scheduler:
         with local_executor(workers) if workers else nullcontext() as executor: yield executor
     elif scheduler == 'mpi':
-        with _extra('mpi4py.futures', 'mpi').MPIPoolExecutor() as executor: yield executor
+        with _mpi_executor() as executor: yield executor
     elif scheduler == 'dask' or '://' in scheduler:
         where = dict(address=scheduler) if '://' in scheduler else dict(n_workers=max(1, workers), threads_per_worker=1, dashboard_address=None)
         with _extra('distributed', 'dask').Client(**where) as client: yield client.get_executor()
     else: raise ValueError(f'scheduler={scheduler!r} is not known; give dask, mpi or an address such as tcp://host:8786, or leave it out')
 
+# %% ../nbs/21_build.ipynb #0e1aa70f
 def _extra(module, extra):
     try: return import_module(module)
     except ImportError: raise ImportError(f'{module} is not installed; install the extra: fdsl_nb[{extra}]') from None
+    except RuntimeError as e: raise ImportError(f'{module} finds no MPI on this machine ({str(e).splitlines()[0]}); load the cluster\'s module, or install the package openmpi') from None
+
+@contextmanager
+def _mpi_executor():
+    futures, mpi = _extra('mpi4py.futures', 'mpi'), _extra('mpi4py.MPI', 'mpi')
+    if mpi.Is_finalized(): raise RuntimeError("scheduler='mpi': these processes have left MPI, once and for all; start them again")
+    if mpi.COMM_WORLD.size == 1: raise ValueError("scheduler='mpi': this process is alone; start it and its workers with mpirun -np N, as docs/cluster.md shows")
+    with futures.MPICommExecutor() as executor:
+        if executor is not None:
+            yield executor
+            return
+    yield None      # not inside the block above, which in workers swallows errors
+
+def leave_mpi():
+    "All processes of `mpirun` leave MPI together. A script does so by itself when it ends; a notebook's kernel, asked to end, is killed while it waits for the others."
+    mpi = sys.modules.get('mpi4py.MPI')
+    if mpi and not mpi.Is_finalized(): mpi.Finalize()
 
 # %% ../nbs/21_build.ipynb #ae2c4187
 def print_progress(every:float=10.0):

@@ -41,7 +41,7 @@ def encode(
     np.save(buffer, image)
     return zstandard.ZstdCompressor(level=1, write_checksum=True).compress(buffer.getvalue())
 
-# %% ../nbs/20a_shards.ipynb #341090dd
+# %% ../nbs/20a_shards.ipynb #ebb7c336
 def _check_png(data):
     place = 8                                   # after the signature: length, kind, content, CRC-32, again and again
     while place < len(data):
@@ -52,12 +52,14 @@ def _check_png(data):
 def decode(
     data:bytes,
     name:str,             # for the format and for the message
-) -> Image.Image:         # RGB
+) -> Image.Image:         # L or RGB
     "The picture in `data`; `ValueError` names it if it cannot be read or its checksum does not fit."
     try:
-        if name.endswith('.npy.zst'): return Image.fromarray(np.load(io.BytesIO(zstandard.decompress(data)))).convert('RGB')
+        if name.endswith('.npy.zst'): return Image.fromarray(np.load(io.BytesIO(zstandard.decompress(data))))
         if data[:4] == b'\x89PNG': _check_png(data)
-        return Image.open(io.BytesIO(data)).convert('RGB')
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        return image if image.mode in ('L', 'RGB') else image.convert('RGB')
     except Exception as e: raise ValueError(f'{name} is damaged ({type(e).__name__}: {str(e)[:100]}); copy or build it anew, or read on with on_error="skip"') from None
 
 # %% ../nbs/20a_shards.ipynb #e1c61bfa
