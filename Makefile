@@ -6,16 +6,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help env demo test campaign notebooks prepare clean
+.PHONY: help env demo test campaign notebooks docs browser-test prepare clean
 
 help:           ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 env: $(STAMP)   ## install the package and its tools, at the versions of constraints.txt
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
 demo: env       ## minutes on a CPU: pre-train on RCDB drawn online, fine-tune on digits, three seeds
@@ -37,10 +37,18 @@ campaign: env   ## the slow tests: minutes each
 notebooks: env  ## run every cell of the numbered notebooks
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --file-glob '[0-9]*.ipynb' --n-workers 2
 
+docs: env       ## the documentation, from the notebooks, into docs/_build/html
+	$(BIN)/python docs/make.py
+
+browser-test: env ## JupyterLab and the documentation in a real browser, without network; screenshots in tests/browser/shots
+	@for needed in chromium node npm; do command -v $$needed > /dev/null || { echo "$$needed is not here; Debian: apt-get install chromium nodejs npm"; exit 1; }; done
+	npm ci --prefix tests/browser --no-audit --no-fund
+	$(BIN)/python -m pytest -q tests/browser
+
 prepare: env    ## before a commit: clean the notebooks, then write the modules they export
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 
 clean:          ## remove caches and build output; keeps runs/, data/ and the environment
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache docs/_build
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache docs/_build tests/browser/node_modules tests/browser/shots
 	find $(wildcard fdsl_nb tests benchmarks nbs) -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

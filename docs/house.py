@@ -1,0 +1,98 @@
+"""A Sphinx extension for how we write: comments of parameters in the reference, Markdown in docstrings, names in code that lead to the reference."""
+import dataclasses
+import inspect
+import json
+import re
+from pathlib import Path
+
+from docutils import nodes
+from fastcore.docments import docments
+
+
+# Docstrings
+
+def as_rst(text):
+    "A line of a docstring or a comment, Markdown as we write it, as reStructuredText."
+    parts = text.split('`')
+    escaped = lambda p: re.sub(r'([\\*_|`])', r'\\\1', p)
+    if len(parts) % 2 == 0:         # a backtick without its partner
+        return escaped(text)
+    parts[::2] = map(escaped, parts[::2])
+    # a role needs a space or a sign around it; an escaped space is none on the page
+    parts[1::2] = [rf'\ :py:obj:`{p}`\ ' if re.fullmatch(r'[A-Za-z_][\w.]*(\(\))?', p) else rf'\ ``{p}``\ ' for p in parts[1::2]]
+    return ''.join(parts)
+
+
+def number(value):
+    "A number to read: 2³² − 1 rather than its ten digits."
+    power = isinstance(value, int) and value > 2**30 and (value + 1).bit_length() - 1
+    if power and value + 1 == 2**power:
+        return f'2{str(power).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))} − 1'
+    return f'{value:,}' if isinstance(value, int) else str(value)
+
+
+def range_of(knob):
+    "What a knob may be, in words; '' where nothing says."
+    if knob.get('choices'):
+        return ', '.join(f'`{c!r}`' for c in knob['choices'])
+    return f'{number(knob["low"])} … {number(knob["high"])}' if knob.get('low') is not None and knob.get('high') is not None else ''
+
+
+def comments_of(thing):
+    "Parameter → what its comment or its knob says; `return` for what comes back."
+    found = {k: ' '.join(v.split()) for k, v in docments(thing, returns=True).items() if v}
+    if dataclasses.is_dataclass(thing):
+        said = {f.name: '; '.join(w for w in (f.metadata.get('help', ''), range_of(f.metadata)) if w) for f in dataclasses.fields(thing)}
+        found |= {k: v for k, v in said.items() if v}
+    return {k: v for k, v in found.items() if k not in ('self', 'cls')}
+
+
+def write_parameters(app, what, name, thing, options, lines):
+    "autodoc's docstring, from Markdown, and below it a field for each commented parameter."
+    if what == 'data':
+        lines[:] = []               # a constant has no docstring but its type's
+    lines[:] = map(as_rst, lines)
+    if inspect.isclass(thing) or inspect.isroutine(thing):
+        try:
+            comments = comments_of(thing)
+        except (TypeError, OSError, AttributeError):        # no source: a class that C or another class made
+            return
+        returned = comments.pop('return', None)
+        fields = [f':param {k}: {as_rst(v)}' for k, v in comments.items()]
+        lines += ['', *fields, *[f':returns: {as_rst(returned or "")}'] * bool(returned and not inspect.isclass(thing)), '']
+
+
+# Names in code
+
+NAME = re.compile(r'(<span class="o">\.</span>)?<span class="(n|nf|nc|nn)">([\w.]+)</span>(<span class="o">=</span>)?')
+
+
+def imported(doctree):
+    "Name → full name, for all that the code of a page imports from the package."
+    found = {}
+    for block in doctree.findall(nodes.literal_block):
+        for module, names in re.findall(r'^ *from (fdsl_nb\.\w+) import ([\w, ]+)', block.astext(), re.MULTILINE):
+            found |= {n.strip(): f'{module}.{n.strip()}' for n in names.split(',')}
+    return found
+
+
+def link_names(app, page, template, context, doctree):
+    "Each name of ours in the code of a page becomes a link to the reference; attributes and keywords are not names of ours."
+    if doctree is None or page.startswith('api/'):
+        return
+    here = imported(doctree) | json.loads((Path(app.srcdir)/'names.json').read_text('utf-8')).get(page, {})
+    known = app.env.domains.python_domain.objects
+    def link(m):
+        full = m[3] if m[2] == 'nn' else here.get(m[3])
+        if m[1] or m[4] or full not in known:
+            return m[0]
+        target = app.builder.get_relative_uri(page, known[full].docname)
+        return f'<a class="to-reference" href="{target}#{known[full].node_id}" title="{full}">{m[0]}</a>'
+    code = lambda m: NAME.sub(link, m[0])
+    context['body'] = re.sub(r'<div class="highlight-(?:python|default)[^>]*><div class="highlight"><pre>.*?</pre>', code, context['body'], flags=re.DOTALL)
+
+
+def setup(app):
+    app.connect('autodoc-process-docstring', write_parameters)
+    app.connect('html-page-context', link_names)
+    return dict(parallel_read_safe=True, parallel_write_safe=True)

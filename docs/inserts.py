@@ -1,0 +1,163 @@
+"""What only the package can say, for `<!-- insert NAME … -->` in a page: tables of knobs, recipes and parameters, and sliders that need no kernel."""
+import base64
+import json
+import re
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+
+import ipywidgets as widgets
+import numpy as np
+from ipywidgets.embed import dependency_state, embed_data
+from PIL import Image
+
+from fdsl_nb.explore import png_bytes, tiled
+from fdsl_nb.formula import formula, formula_class, knobs as knobs_of
+from fdsl_nb.recipes import FINETUNE, PRETRAIN, Recipe
+from fdsl_nb.runs import NOTEBOOKS
+from fdsl_nb.settings import DEFAULTS
+from house import range_of
+
+HERE = Path(__file__).resolve().parent
+
+
+def table(head, rows):
+    "A Markdown table; every value as it reads in Python, in code, unless it is text to read."
+    lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
+    return '\n'.join(lines + ['| ' + ' | '.join(str(v).replace('|', '\\|').replace('\n', ' ') for v in row) + ' |' for row in rows])
+
+
+def code(value):
+    return f'`{value!r}`' if value is not None else ''
+
+
+# Formulas
+
+def knobs(name):
+    "A family's knobs: default, range, help."
+    rows = [(f'`{r["name"]}`', code(r['default']), range_of(r), r['help']) for r in knobs_of(formula_class(name))]
+    return table(('knob', 'default', 'range', 'what it is'), rows)
+
+
+def contour(name, knob, values, **others):
+    "Class 1, one parameter after another given by hand, in the middle of the picture."
+    f = formula(name, radius_min=60, lines_min=60, **others)
+    middle = replace(f.category(1), oval_x=1.3, oval_y=1.0, start_h=f.size / 2, start_w=f.size / 2)
+    return knob, values, [f.paint(replace(middle, **{knob: v}), 1, 0) for v in values]
+
+
+def member(name, knob, values, **others):
+    return knob, values, [formula(name, **{knob: v}, **others).render(2, 0) for v in values]
+
+
+def turned(name):
+    "What `slider` turns: the name of the knob, its values, the image of each."
+    if name == 'rcdb':
+        return contour(name, 'vertices', [3, 4, 5, 7, 10, 15, 25, 50, 100, 200])
+    if name == 'visualatom':
+        return contour(name, 'wave_1', [0, 1, 2, 4, 5, 7, 9, 12, 16, 20], wave_2_min=3, wave_2_max=3)
+    if name == 'fractaldb':
+        return member(name, 'points', [200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000])
+    if name == 'onepfrac':
+        return member(name, 'delta', [0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5])
+    return 'view', list(range(12)), [formula(name).render(2, view) for view in range(12)]
+
+
+def slider(name):
+    "A slider over stored pictures, linked in the browser."
+    knob, values, images = turned(name)
+    side = 240
+    small = [np.array(Image.fromarray(i).convert('L').resize((side, side), Image.LANCZOS)) for i in images]
+    pictures = widgets.Stack([widgets.Image(value=png_bytes(i), width=side, height=side) for i in small], selected_index=len(values) // 2)
+    picker = widgets.SelectionSlider(options=[(f'{v:,}', n) for n, v in enumerate(values)], index=len(values) // 2, description=knob)
+    link = widgets.jslink((picker, 'index'), (pictures, 'selected_index'))
+    shown = widgets.VBox([picker, pictures])
+    data = embed_data([shown], state=dependency_state([shown, link]))
+    embedded = lambda kind, value: f'<script type="application/vnd.jupyter.widget-{kind}+json">{json.dumps(value).replace("</", "<" + chr(92) + "/")}</script>'
+    return '\n'.join(['```{raw} html', '<script defer src="_static/html-manager/embed.js"></script>', f'<div class="turned" id="turn-{name}">', embedded('state', data['manager_state']), *(embedded('view', v) for v in data['view_specs']), '</div>', '```'])
+
+
+# Recipes
+
+def recipes(stage):
+    "The published recipes of a stage: what, on what, at which cost, with which result; then each with its command and its values."
+    known = dict(pretrain=PRETRAIN, finetune=FINETUNE)[stage]
+    first = table(('recipe', 'data set', 'model', 'cost', 'published result'),
+                  [(f'[`{r.name}`](#{r.name.replace("_", "-")})', f'`{r.dataset}`', f'`{r.model}`', r.cost, r.expected) for r in known])
+    return '\n\n'.join([first, *(one_recipe(r, stage) for r in known)])
+
+
+def one_recipe(r, stage):
+    told = ('name', 'paper', 'cost', 'expected')
+    plain = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(Recipe)}
+    values = {f.name: getattr(r, f.name) for f in fields(r) if f.name not in told}
+    own = [(f'`{k}`', code(v)) for k, v in values.items() if v != plain[k] or k in ('dataset', 'model', 'epochs', 'batch', 'lr')]
+    words = [f'({r.name.replace("_", "-")})=\n### `{r.name}`', ' · '.join(str(w) for w in (r.paper, r.cost, r.expected) if w),
+             f'```\nfdsl run {stage} -p recipe {r.name} -p dataset {r.dataset} -p budget paper\n```', table(('value', ''), own)]
+    return '\n\n'.join(words)
+
+
+# Runs and machines
+
+def parameters(notebook):
+    "What a run notebook may be asked."
+    rows = [(f'`{f.name}`', f.type.__name__, code(f.default), f.metadata['help']) for f in fields(NOTEBOOKS[notebook])]
+    return table(('parameter', 'type', 'default', 'what it is'), rows)
+
+
+def notebooks():
+    "All run notebooks with their parameters."
+    return '\n\n'.join(f'## `{n}`\n\n[The notebook](chapters/{n}.ipynb).\n\n{parameters(n)}' for n in NOTEBOOKS)
+
+
+def settings():
+    "Machine settings: where each is written."
+    return table(('`settings.ini`', 'environment', 'default', 'choices'),
+                 [(f'`[{d.section}] {d.key}`', f'`{d.variable}`', code(d.value), ' '.join(map(code, d.choices))) for d in DEFAULTS])
+
+
+# The book
+
+FLOORS = {'0': 'Numbers', '1': 'Formulas', '2': 'Data', '3': 'Training', '4': 'People'}
+
+
+def chapters():
+    "Contents of all chapters by floor, then the run notebooks."
+    names = sorted(p.stem for p in (HERE.parent/'nbs').glob('*.ipynb'))
+    trees = {title: [n for n in names if n[0] == floor] for floor, title in FLOORS.items()} | {'Run notebooks': [n for n in names if not n[0].isdigit()]}
+    return '\n\n'.join(f'## {title}\n\n```{{toctree}}\n:maxdepth: 1\n\n' + '\n'.join(f'chapters/{n}' for n in found) + '\n```' for title, found in trees.items())
+
+
+def modules():
+    "Contents of the reference."
+    stems = sorted(p.stem for p in Path(__import__('fdsl_nb').__file__).parent.glob('[a-z]*.py'))
+    return '```{toctree}\n:maxdepth: 1\n\n' + '\n'.join(f'api/{m}' for m in stems if m != 'worker') + '\n```'
+
+
+# Contents
+
+CONTENTS = {
+    'Start here': ('tutorial', 'explorer', 'formulas'),
+    'How to': ('own-formula', 'own-data', 'build-data', 'many-gpus', 'cluster', 'resume', 'publish'),
+    'Look up': ('recipes', 'parameters', 'book', 'reference'),
+    'Contribute': ('contributing', 'house', 'changelog')}
+
+
+def contents():
+    "The tables of contents of the start page, shown beside every page."
+    return '\n\n'.join(f'```{{toctree}}\n:caption: {title}\n:hidden:\n\n' + '\n'.join(pages) + '\n```' for title, pages in CONTENTS.items())
+
+
+# The formula of the how-to
+
+def first_code(page):
+    "The first Python block of a page in this folder."
+    return re.search(r'```python\n(.*?)```', (HERE/page).read_text('utf-8'), re.DOTALL)[1]
+
+
+def julia():
+    "Pictures drawn by the code on the page above: four classes in rows, six instances each."
+    space = {'__name__': 'julia'}
+    exec(compile(first_code('own-formula.md'), 'own-formula.md', 'exec'), space)
+    f = space['Julia'](size=128)
+    picture = png_bytes(tiled([[f.render(c, k) for k in range(6)] for c in range(4)], side=110))
+    return f'![Julia sets: four classes in rows, six instances each](data:image/png;base64,{base64.b64encode(picture).decode()})'

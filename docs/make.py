@@ -1,0 +1,199 @@
+"""Builds the documentation into docs/_build/html: python docs/make.py
+
+Pages are gathered in docs/_build/source: what is written here, the notebooks with their stored outputs, and what only the package can say
+(recipes, knobs, parameters, the reference). Nothing is executed but the sliders' pictures. With all of it there, Sphinx needs no network, and neither does a reader."""
+import ast
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import inserts
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+SOURCE, HTML, BUNDLES = (HERE/'_build'/name for name in ('source', 'html', 'bundles'))
+
+# What pages need in a browser, from npm: package, then file in it → its SHA-256
+FROM_NPM = {
+    'mathjax@3.2.2': {'es5/tex-svg.js': 'd4295dc33744836935c1399feece5159577b34c5c8ffb9f1c6324cd82e03a882'},
+    '@jupyter-widgets/html-manager@1.0.15': {'dist/embed.js': '8f6d2d3f856d8595d1841dec3019d99bbe74d331f2a5178c2a33bfec729e3d6a'}}
+
+
+# Bundles
+
+def fetch_bundles():
+    "Fetches from npm what is not there yet; `SystemExit` where a file is another one than ours or npm is missing."
+    for package, files in FROM_NPM.items():
+        name = re.sub(r'@[\d.]+$', '', package)
+        if all((BUNDLES/name/file).exists() for file in files):
+            continue
+        if not shutil.which('npm'):
+            sys.exit('docs/make.py: npm is not here, and it brings MathJax and the widgets; install Node.js (Debian: apt-get install npm)')
+        BUNDLES.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(['npm', 'pack', '--silent', package], cwd=BUNDLES, check=False, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f'docs/make.py: npm cannot fetch {package}; is there a network?\n{done.stderr}')
+        archive = BUNDLES/done.stdout.split()[-1]
+        with tarfile.open(archive) as tar:
+            for file, expected in files.items():
+                content = tar.extractfile(f'package/{file}').read()
+                found = hashlib.sha256(content).hexdigest()
+                if found != expected:
+                    sys.exit(f'docs/make.py: {file} of {package} has SHA-256 {found}, not {expected}; do not use it')
+                (BUNDLES/name/file).parent.mkdir(parents=True, exist_ok=True)
+                (BUNDLES/name/file).write_bytes(content)
+        archive.unlink()
+
+
+def place_bundles():
+    shutil.copytree(HERE/'_static', SOURCE/'_static')
+    for package, files in FROM_NPM.items():
+        name = re.sub(r'@[\d.]+$', '', package)
+        for file in files:
+            to = SOURCE/'_static'/name.split('/')[-1]/Path(file).name
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(BUNDLES/name/file, to)
+
+
+# Written pages
+
+def page_of(path):
+    "Where a file of the repository is among the pages; files that are no pages go to `files/`."
+    path = Path(path)
+    if path.suffix == '.ipynb':
+        return Path('chapters')/path.name
+    if path.parts[0] == 'docs':
+        return path.relative_to('docs')
+    special = {'README.md': 'index.md', 'CONTRIBUTING.md': 'contributing.md', 'CHANGELOG.md': 'changelog.md'}
+    return Path(special.get(str(path), Path('files')/path))
+
+
+def redirected(text, origin):
+    "A page's text with its links, which lead through the repository, leading through the pages; other files are copied beside."
+    here = page_of(origin).parent
+    def redirect(m):
+        target, _, anchor = m[1].partition('#')
+        if not target or re.match(r'\w+:', target):
+            return m[0]
+        path = os.path.relpath((ROOT/origin).parent/target, ROOT)
+        if not (ROOT/path).is_file():
+            sys.exit(f'docs/make.py: {origin} links to {m[1]}, which is not there; correct the link')
+        if page_of(path).suffix not in ('.md', '.ipynb'):
+            (SOURCE/page_of(path)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT/path, SOURCE/page_of(path))
+        return f']({os.path.relpath(page_of(path), here)}{"#" * bool(anchor)}{anchor})'
+    parts = re.split(r'(```.*?```|`[^`\n]*`)', text, flags=re.DOTALL)       # links in code are none
+    parts[::2] = [re.sub(r'\]\(([^)\s]+)\)', redirect, part) for part in parts[::2]]
+    return ''.join(parts)
+
+
+def write_page(origin):
+    "A Markdown file of the repository, its `<!-- insert NAME … -->` replaced by what `inserts` makes of them."
+    text = redirected((ROOT/origin).read_text('utf-8'), origin)
+    text = re.sub(r'<!-- insert (\w+) ?(.*?) -->', lambda m: getattr(inserts, m[1])(*m[2].split()), text)
+    (SOURCE/page_of(origin)).write_text(text, 'utf-8')
+
+
+# Chapters
+
+def directives(cell):
+    return re.findall(r'^#\| *(\w+)[: ]*(.*)$', cell['source'], re.MULTILINE) if cell['cell_type'] == 'code' else []
+
+
+def patched_methods(cell):
+    "Methods that a cell's `@patch` adds: their names, and `Class.name`."
+    for node in ast.parse(cell['source']).body:
+        if isinstance(node, ast.FunctionDef) and any(getattr(d, 'id', getattr(getattr(d, 'func', None), 'id', '')) == 'patch' for d in node.decorator_list):
+            yield node.name, f'{ast.unparse(node.args.args[0].annotation)}.{node.name}'
+
+
+def prose(text):
+    return dict(cell_type='markdown', metadata={}, source=text)
+
+
+def chapter(path):
+    "Makes a page of a notebook, without directives and hidden cells; returns what its names are in the reference."
+    notebook = json.loads(path.read_text('utf-8'))
+    module, names, cells = None, {}, []
+    for cell in notebook['cells']:
+        cell['source'] = ''.join(cell['source'])
+        found = dict(directives(cell))
+        module = found.get('default_exp', module)
+        for package, imported in re.findall(r'^from (fdsl_nb\S+) import ([\w, ]+)$', cell['source'], re.MULTILINE):
+            names |= {n.strip(): f'{package}.{n.strip()}' for n in imported.split(',')}
+        if 'hide' in found or 'default_exp' in found:
+            continue
+        if 'export' in found:
+            cell['metadata']['tags'] = ['exported']
+            names |= {name: f'fdsl_nb.{module}.{full}' for name, full in patched_methods(cell)}
+        cell['source'] = redirected(cell['source'], f'nbs/{path.name}') if cell['cell_type'] == 'markdown' else re.sub(r'^#\|.*\n?', '', cell['source'], flags=re.MULTILINE)
+        cells.append(cell)
+    if module:
+        names |= {n: f'fdsl_nb.{module}.{n}' for n in importlib.import_module(f'fdsl_nb.{module}').__all__}
+        cells.insert(1, prose(f'Module [`fdsl_nb.{module}`](../api/{module}.rst), written as the notebook `nbs/{path.name}`. Cells with a coloured edge are the package.'))
+    notebook['cells'] = [dict(c, id=f'cell-{n}') for n, c in enumerate(cells)]
+    notebook['metadata']['language_info'] = dict(name='python', pygments_lexer='python')
+    (SOURCE/page_of(f'nbs/{path.name}')).write_text(json.dumps(notebook), 'utf-8')
+    return names
+
+
+# Reference
+
+def api_page(module, chapters):
+    "A page that lists a module's public names in the order of the source."
+    python = importlib.import_module(f'fdsl_nb.{module}')
+    words = ' '.join((python.__doc__ or '').split()).strip('*').replace('`', '``')
+    title = f'fdsl_nb.{module}'
+    lines = [title, '=' * len(title), '', words, '', f'.. module:: {title}', '']
+    if module in chapters:
+        lines += [f'The chapter that explains it: :doc:`/chapters/{chapters[module]}`', '']
+    for name in getattr(python, '__all__', ()):
+        thing = getattr(python, name)
+        if inspect.isclass(thing):
+            ours = [f.name for f in fields(thing)] if is_dataclass(thing) else []
+            lines += [f'.. autoclass:: {name}'] + [f'   :exclude-members: {", ".join(ours)}'] * bool(ours)
+        else:
+            lines += [f'.. {"autofunction" if inspect.isroutine(thing) else "autodata"}:: {name}']
+        lines.append('')
+    (SOURCE/'api'/f'{module}.rst').write_text('\n'.join(lines), 'utf-8')
+
+
+def gather():
+    "All pages into SOURCE."
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    for name in ('chapters', 'api'):
+        (SOURCE/name).mkdir(parents=True)
+    place_bundles()
+    shutil.copytree(HERE/'images', SOURCE/'images')
+    for path in (*HERE.glob('*.md'), ROOT/'CONTRIBUTING.md', ROOT/'CHANGELOG.md'):
+        write_page(str(path.relative_to(ROOT)))
+    notebooks = sorted((ROOT/'nbs').glob('*.ipynb'))
+    names = {f'chapters/{path.stem}': chapter(path) for path in notebooks}
+    (SOURCE/'names.json').write_text(json.dumps(names), 'utf-8')
+    chapters = {m: p.stem for p in notebooks for m in re.findall(r'#\| default_exp (\w+)', p.read_text('utf-8'))}
+    for module in chapters:
+        api_page(module, chapters)
+
+
+def main():
+    fetch_bundles()
+    gather()
+    shutil.rmtree(HTML, ignore_errors=True)
+    words = ['-b', 'html', '-j', '2', '-q', '-W', '--keep-going', '-c', HERE, '-d', HERE/'_build'/'doctrees', SOURCE, HTML]
+    done = subprocess.run([sys.executable, '-m', 'sphinx', *map(str, words)], check=False)
+    if done.returncode == 0:
+        print('documentation:', os.path.relpath(HTML/'index.html'))
+    return done.returncode
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""What people see, in a real browser with no network: Chromium, driven by playwright-core. Screenshots stay in tests/browser/shots."""
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fdsl_nb.formula import formulas
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+SHOTS = HERE/'shots'
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+pytestmark = [pytest.mark.skipif(not CHROMIUM, reason='Chromium is not here (Debian: apt-get install chromium)'),
+              pytest.mark.skipif(not shutil.which('npm'), reason='Node.js is not here (Debian: apt-get install nodejs npm)')]
+
+
+@pytest.fixture(scope='module')
+def drive():
+    "Runs a script of this folder in Node and returns what it found."
+    if not (HERE/'node_modules'/'playwright-core').exists():
+        done = subprocess.run(['npm', 'ci', '--no-audit', '--no-fund'], check=False, cwd=HERE, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f'npm could not fetch playwright-core: {done.stderr.strip()[-300:]}')
+    SHOTS.mkdir(exist_ok=True)
+    def run(script, *words):
+        done = subprocess.run(['node', HERE/script, *words], check=False, capture_output=True, text=True, timeout=600, env=os.environ | {'CHROMIUM': CHROMIUM})
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+    return run
+
+
+@contextmanager
+def server(command, ready, log, **environment):
+    "A server on a free port for the block; afterwards it and its children are gone. `PORT` in the command is replaced."
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    address = f'http://127.0.0.1:{port}'
+    with open(log, 'w') as out:
+        child = subprocess.Popen([w.replace('PORT', str(port)) for w in command], stdout=out, stderr=out, env=os.environ | environment, start_new_session=True)
+    try:
+        until = time.time() + 90
+        while not answers(address + ready):
+            assert child.poll() is None and time.time() < until, f'the server did not start:\n{Path(log).read_text()[-3000:]}'
+            time.sleep(0.2)
+        yield address
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if child.poll() is None:
+                os.killpg(child.pid, number)
+                try:
+                    child.wait(15)
+                except subprocess.TimeoutExpired:
+                    pass
+
+
+def answers(address):
+    try:
+        return urllib.request.urlopen(address, timeout=5).status == 200
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def test_every_page_of_the_documentation_opens_without_network(documentation, drive, tmp_path):
+    pages = sorted(str(p.relative_to(documentation)) for p in documentation.rglob('*.html') if '_static' not in p.parts)
+    serve = [sys.executable, '-m', 'http.server', 'PORT', '--bind', '127.0.0.1', '--directory', str(documentation)]
+    with server(serve, '/index.html', tmp_path/'log') as address:
+        found = drive('docs.mjs', address, SHOTS, *pages)
+    assert found['faults'] == []
+    assert found['pages'] == len(pages) > 50
+    assert found['formulas'] > 10, 'formulas of the page of formulas are not drawn'
+    assert len(found['sliders']) == 5 and all(found['sliders'].values())
+
+
+def test_the_explorer_in_jupyterlab_draws_every_family(drive, tmp_path):
+    work = tmp_path/'work'
+    work.mkdir()
+    shutil.copy(ROOT/'nbs'/'explore.ipynb', work)      # JupyterLab saves what it shows
+    own = {f'JUPYTER_{k}_DIR': str(tmp_path/k.lower()) for k in ('CONFIG', 'RUNTIME', 'DATA')}
+    own |= {f'JUPYTERLAB_{k}_DIR': str(tmp_path/k.lower()) for k in ('SETTINGS', 'WORKSPACES')}
+    lab = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1', '--ServerApp.port=PORT', '--ServerApp.port_retries=0',
+           '--IdentityProvider.token=', f'--ServerApp.root_dir={work}', '--LabApp.news_url=', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
+    with server(lab, '/api', tmp_path/'log', **own, FDSL_DATA_ROOT=str(tmp_path/'data'), FDSL_OUTPUT_ROOT=str(tmp_path/'runs')) as address:
+        found = drive('explore.mjs', address, SHOTS)
+    assert found['faults'] == []
+    assert found['families'] == {name: True for name in found['offered']}
+    assert set(found['offered']) >= set(formulas()[:8])
