@@ -5,20 +5,22 @@
 # %% auto #0
 __all__ = ['Augmentation', 'as_rgb', 'train_transform', 'eval_transform', 'Views', 'Mixing', 'mixer']
 
-# %% ../nbs/22_augment.ipynb #70164e88
+# %% ../nbs/22_augment.ipynb #b275e816
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 import torch
 from timm.data import Mixup, create_transform
 from torchvision.transforms import Compose
 from .rng import MIX, seed_for
 from .datasets import seeded
 
-# %% ../nbs/22_augment.ipynb #6d6521f0
+# %% ../nbs/22_augment.ipynb #231d487a
 @dataclass(frozen=True)
 class Augmentation:
     "How one image is changed, in timm's terms."
     image_size: int = 224           # side of what comes out, pixels
+    crop_kind: str = 'timm'         # timm, or inception: TensorFlow's crop and flip, and nothing else (chapter 22a)
     scale: tuple = (0.08, 1.0)      # share of the area a crop keeps
     ratio: tuple = (3/4, 4/3)       # width / height of a crop
     hflip: float = 0.0              # chance of a flip left to right
@@ -35,13 +37,14 @@ class Augmentation:
     crop: float = 0.875             # share of the side kept when measuring
     crop_mode: str = 'center'       # center, squash (to the square) or border
 
-# %% ../nbs/22_augment.ipynb #6d7eaad8
+# %% ../nbs/22_augment.ipynb #38ae07cd
 def as_rgb(image): return image.convert('RGB')
 
 def train_transform(
     a:Augmentation,
 ) -> Callable:            # Pillow image, L or RGB → float32 [3, size, size], with `aug_splits` [splits, 3, size, size]
     "The random transform for training, made by timm."
+    if a.crop_kind == 'inception': return import_module('fdsl_nb.inception').InceptionView(a.image_size, a.scale, a.ratio, a.hflip)
     made = create_transform(a.image_size, is_training=True, scale=a.scale, ratio=a.ratio, hflip=a.hflip, vflip=a.vflip, color_jitter=a.color_jitter or None,
         auto_augment=a.auto_augment or None, interpolation=a.interpolation, mean=a.mean, std=a.std, re_prob=a.erasing, re_mode=a.erasing_mode,
         re_count=a.erasing_count, re_num_splits=a.aug_splits, separate=bool(a.aug_splits))
@@ -52,6 +55,9 @@ def eval_transform(
     a:Augmentation,
 ) -> Callable:            # Pillow image, L or RGB → float32 [3, size, size]
     "The fixed transform for measuring: resize, crop, normalise."
+    if a.crop_kind == 'inception':
+        inception = import_module('fdsl_nb.inception')
+        return inception.SquashView(a.image_size) if a.crop_mode == 'squash' else inception.CentreView(a.image_size, round(a.image_size * 8 / 7))
     made = create_transform(a.image_size, is_training=False, interpolation=a.interpolation, mean=a.mean, std=a.std, crop_pct=a.crop, crop_mode=a.crop_mode)
     return Compose([*made.transforms[:2], as_rgb, *made.transforms[2:]])
 
@@ -67,7 +73,7 @@ class Views:
         views = [image, *(self.augment(image) for _ in range(self.splits - 1))]
         return self.erase(torch.stack([self.finish(view) for view in views]))
 
-# %% ../nbs/22_augment.ipynb #61751840
+# %% ../nbs/22_augment.ipynb #e9ab1fd0
 @dataclass(frozen=True)
 class Mixing:
     "How a batch is mixed, in timm's terms; all zero means not at all."
@@ -75,11 +81,11 @@ class Mixing:
     cutmix: float = 1.0             # likewise
     mix_prob: float = 1.0           # chance that a batch is mixed
     mix_switch: float = 0.5         # chance of cutmix where both are on
-    mix_mode: str = 'batch'         # batch, pair or elem: what shares one mixing ratio
+    mix_mode: str = 'batch'         # batch, pair or elem: what shares one mixing ratio; reversed: COYO-ViT's, each image with its opposite in the batch
     smoothing: float = 0.1          # label smoothing
     mix_off_epoch: int = 0          # epoch from which nothing is mixed any more; 0 for never
 
-# %% ../nbs/22_augment.ipynb #be3011de
+# %% ../nbs/22_augment.ipynb #03c0338b
 def mixer(
     m:Mixing,
     classes:int,          # number of classes, width of the soft labels
@@ -87,7 +93,7 @@ def mixer(
 ) -> Callable|None:       # (images, labels, step, part, on) → (images, soft labels [b, classes]); None if nothing is mixed
     "timm's `Mixup`, its chance a function of (seed, step)."
     if not (m.mixup or m.cutmix): return None
-    if m.mix_mode not in ('batch', 'pair', 'elem'): raise ValueError(f'mix_mode={m.mix_mode!r} is not known; choose batch, pair or elem')
+    if m.mix_mode == 'reversed': return import_module('fdsl_nb.inception').reversed_mixer(m.mixup, m.cutmix, classes, seed)
     mix = Mixup(m.mixup, m.cutmix, prob=m.mix_prob, switch_prob=m.mix_switch, mode=m.mix_mode, label_smoothing=m.smoothing, num_classes=classes)
     def mixed(images, labels, step, part=0, on=True):
         mix.mixup_enabled = on

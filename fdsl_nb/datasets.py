@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['COLLECTIONS', 'FormulaDataset', 'DigitsDataset', 'FolderDataset', 'is_formula', 'open_dataset', 'Draw', 'permutation',
-           'EpochBatches', 'seeded', 'Augmented', 'Part', 'hold_out', 'train_loader', 'Transformed', 'eval_loader']
+           'EpochBatches', 'seeded', 'Augmented', 'Part', 'held_out', 'hold_out', 'train_loader', 'Transformed',
+           'eval_loader']
 
-# %% ../nbs/20_datasets.ipynb #347f3938
+# %% ../nbs/20_datasets.ipynb #2f536758
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-import math, random, re
+import random, re
 import numpy as np, torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -104,14 +105,15 @@ def open_dataset(
     near = did_you_mean(name, [*formulas(), 'digits', *COLLECTIONS])
     raise ValueError(f'dataset={name!r} is not known and is not a folder{near}')
 
-# %% ../nbs/20_datasets.ipynb #0bafafc3
+# %% ../nbs/20_datasets.ipynb #8e34e378
 COLLECTIONS = ('cifar10', 'cifar100', 'imagenet', 'coyo')
 
 def _open_collection(name, split, data, knobs):
     if name == 'coyo': return import_module('fdsl_nb.coyo').open_coyo(split, **({'shards': data} if data else {}), **knobs)
-    if data and (name == 'imagenet' or Path(data).is_file() or (Path(data)/'train').is_dir()): return open_dataset(data, split, **knobs)
+    own = Path(data).name in ('cifar-10-python.tar.gz', 'cifar-100-python.tar.gz')
+    if data and not own and (name == 'imagenet' or Path(data).is_file() or (Path(data)/'train').is_dir()): return open_dataset(data, split, **knobs)
     if name == 'imagenet': raise FileNotFoundError('dataset=\'imagenet\' needs data: a folder or archive with train/CLASS/… and val/CLASS/…, for example -p data /datasets/imagenet')
-    return import_module('fdsl_nb.cifar').open_cifar(name, split, data or None)
+    return import_module('fdsl_nb.cifar').open_cifar(name, split, (Path(data).parent if own else data) or None, **knobs)
 
 # %% ../nbs/20_datasets.ipynb #06bdbcec
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ class Augmented(Dataset):
             image, label = self.images[draw.index]
             return self.transform(image), label
 
-# %% ../nbs/20_datasets.ipynb #e2fa8a83
+# %% ../nbs/20_datasets.ipynb #18d74173
 class Part(Dataset):
     "Some images of a data set, by their numbers."
     def __init__(self, images:Dataset, numbers): self.images, self.numbers, self.classes = images, numbers, images.classes
@@ -200,19 +202,28 @@ class Part(Dataset):
     def label(self, i:int) -> int: return self.images.label(int(self.numbers[i]))
     def __getitem__(self, i:int): return self.images[int(self.numbers[i])]
 
+def held_out(
+    labels:np.ndarray,    # int [n], the training images' classes
+    share:float=0.1,      # of every class
+) -> np.ndarray:          # bool [n], true for images to choose by
+    "A share of each class, drawn by lot: a function of the labels alone."
+    chosen = np.zeros(len(labels), bool)
+    for c in np.unique(labels):
+        members = np.flatnonzero(labels == c)
+        lots = np.argsort(philox(0, (SHUFFLE, int(c), 0), len(members)), kind='stable')
+        chosen[members[lots[:round(share * len(members))]]] = True
+    return chosen
+
+# %% ../nbs/20_datasets.ipynb #2cd509f9
 def hold_out(
     images:Dataset,
-    share:float,          # of each class, 0 … 1; rounded up to an image at least
+    share:float,          # of each class, 0 … 1
 ) -> tuple:               # (the rest, those set aside)
-    "Divides a data set by class, always alike; `ValueError` if nothing would remain."
+    "Divides a data set by class, always alike; `ValueError` if a side would be empty."
     if not 0 < share < 1: raise ValueError(f'hold_out={share} should be between 0 and 1, for example 0.1')
-    labels = np.array([images.label(i) for i in range(len(images))])
-    order = permutation(len(labels), 0, 0)
-    by_class = [order[labels[order] == c] for c in range(len(images.classes))]
-    aside = np.sort(np.concatenate([own[:math.ceil(len(own) * share)] for own in by_class]))
-    rest = np.setdiff1d(np.arange(len(labels)), aside)
-    if not len(rest): raise ValueError(f'hold_out={share} of {len(labels)} images leaves none to train on; choose less')
-    return Part(images, rest), Part(images, aside)
+    aside = held_out(np.array([images.label(i) for i in range(len(images))]), share)
+    if aside.all() or not aside.any(): raise ValueError(f'hold_out={share} of {len(images)} images leaves one side empty; choose another share')
+    return Part(images, np.flatnonzero(~aside)), Part(images, np.flatnonzero(aside))
 
 # %% ../nbs/20_datasets.ipynb #f40c1338
 def train_loader(

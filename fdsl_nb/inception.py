@@ -176,16 +176,17 @@ def mix_reversed(
         parts.append(cutmix_reversed(x, y, cutmix_masks(len(x), *x.shape[2:], cutmix, generator), batch_area))
     return tuple(map(torch.cat, zip(*parts))) if parts else (images, targets)
 
-# %% ../nbs/22a_inception.ipynb #00e12704
+# %% ../nbs/22a_inception.ipynb #a050ec4d
 def reversed_mixer(
     mixup:float, cutmix:float,
     classes:int,          # width of the targets
     seed:int=0,
     batch_area:bool=False,
-) -> Callable|None:       # (images, labels or targets, step, part) → (images, targets [b, classes]); None if nothing is mixed
+) -> Callable|None:       # (images, labels or targets, step, part, on) → (images, targets [b, classes]); None if nothing is mixed
     "`mix_reversed`, its chance a function of (seed, step, part)."
     if not (mixup or cutmix): return None
-    def mixed(images, labels, step, part=0):
+    def mixed(images, labels, step, part=0, on=True):
         targets = labels if labels.is_floating_point() else F.one_hot(labels, classes).float()
+        if not on: return images, targets
         return mix_reversed(images, targets, mixup, cutmix, torch.Generator().manual_seed(seed_for(seed, MIX, step, part)), batch_area)
     return mixed

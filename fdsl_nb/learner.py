@@ -91,15 +91,15 @@ class EveryStep(Callback):
     def after_batch(self):
         if self.learn.training: self.learn.steps_done += 1
 
-# %% ../nbs/35_learner.ipynb #9c06fce1
+# %% ../nbs/35_learner.ipynb #59c88326
 class MixBatch(Callback):
     "Mixup and cutmix on training batches, by timm."
     order, run_valid = -40, False
     def __init__(self, r:Recipe, classes:int, seed:int): self.r, self.mix = r, mixer(r, classes, seed)
     def before_batch(self):
         if self.mix is None: return
-        on = not self.r.mix_off_epoch or self.learn.epoch < self.r.mix_off_epoch
-        images, labels = self.mix(self.learn.xb[0], self.learn.yb[0], self.learn.steps_done, rank(), on)
+        off = self.r.mix_off_epoch and self.learn.epoch >= self.r.mix_off_epoch
+        images, labels = self.mix(self.learn.xb[0], self.learn.yb[0], self.learn.steps_done, rank(), not off)
         self.learn.xb, self.learn.yb = (images,), (labels,)
 
 # %% ../nbs/35_learner.ipynb #116401ed

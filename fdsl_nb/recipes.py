@@ -54,12 +54,12 @@ OFDB = [
         warmup_epochs=10, repeats=1, best_by='last', precision='bfloat16',
         published=dict(cifar10=96.8, cifar100=81.6, cars=86.0, flowers=98.3, voc12=80.6, places30=78.4, imagenet100=88.3))]
 
-# %% ../nbs/32_recipes.ipynb #87d32538
-_inception = dict(scale=(0.05, 1.0), ratio=(0.75, 1.33), hflip=0.5, auto_augment='', color_jitter=0.0, erasing=0.0, interpolation='bilinear', mixup=0.0, cutmix=0.0, smoothing=0.0,
+# %% ../nbs/32_recipes.ipynb #3d7416ad
+_inception = dict(crop_kind='inception', scale=(0.05, 1.0), ratio=(0.75, 1.33), hflip=0.5, auto_augment='', color_jitter=0.0, erasing=0.0, interpolation='bilinear', mixup=0.0, cutmix=0.0, smoothing=0.0,
     drop_path=0.0)
 
 COYO = [
-    Recipe(name='coyo300m_vit_large', paper='COYO-ViT, Kakao Brain 2022', dataset='coyo', model='coyo_vit_large_patch16_224', batch=4096, epochs=7, cost='300M images × 7 epochs', lr=6e-4,
+    Recipe(name='coyo300m_vit_large', paper='COYO-ViT, Kakao Brain 2022', dataset='coyo', model='coyo_vit_large_patch16_224', model_options=dict(representation=1024), batch=4096, epochs=7, cost='300M images × 7 epochs', lr=6e-4,
         weight_decay=0.1, eps=1e-7, clip=1.0, schedule='coyo_linear', warmup_steps=10_000, min_lr=1e-5, loss='bce', ema=0.9999, ema_dynamic=True, precision='bfloat16', **_inception)]
 
 PRETRAIN = [*CVPR2022, *CVPR2023, *OFDB, *COYO]
@@ -74,9 +74,9 @@ FDSL_FINETUNE = [
     _cvpr2023_fine,
     replace(_cvpr2023_fine, name='finetune_aaai2022', paper='Nakashima et al., AAAI 2022', batch=96, lr=0.01 * 96 / 512)]
 
-# %% ../nbs/32_recipes.ipynb #81e6c8e7
+# %% ../nbs/32_recipes.ipynb #7d5ca9eb
 _vitpytorch = Recipe(paper='ViT-pytorch (Dosovitskiy et al. 2021)', optimizer='sgd', lr=0.03, weight_decay=0.0, batch=512, steps=10_000, eval_every=100, warmup_steps=500,
-    schedule='vitpytorch_cosine', min_lr=0.0, clip=1.0, head='zero', resize='bilinear_corners', crop=1.0, crop_mode='squash', best_by='top1', hold_out=0.1, **(_inception | dict(ratio=(3/4, 4/3), hflip=0.0)))
+    schedule='vitpytorch_cosine', min_lr=0.0, clip=1.0, head='zero', resize='bilinear_corners', crop=1.0, crop_mode='squash', best_by='top1', hold_out=0.1, vit_dropout=0.1, **(_inception | dict(crop_kind='timm', ratio=(3/4, 4/3), hflip=0.0)))
 _sizes = dict(b16='vit_base_patch16_224', b32='vit_base_patch32_224', l16='vit_large_patch16_224', l32='vit_large_patch32_224', r50_b16='vit_base_r50_s16_224')
 _results = dict(b16=(99.08, 92.3), b32=(99.0, None), l32=(99.03, 92.76), r50_b16=(98.92, 92.31))
 
@@ -86,8 +86,8 @@ VITPYTORCH = [replace(_vitpytorch, name=f'vitpytorch_{data}_{size}', dataset=dat
     replace(_vitpytorch, name=f'vitpytorch_{data}_b16_{steps}', dataset=data, model=_sizes['b16'], steps=steps, warmup_steps=100, cost=f'{steps} steps of 512', published={data: top1})
     for data, steps, top1 in (('cifar10', 500, 98.59), ('cifar10', 1000, 98.78), ('cifar100', 500, 90.72), ('cifar100', 1000, 92.16))]
 
-# %% ../nbs/32_recipes.ipynb #63cf2c19
-COYO_FINETUNE = [Recipe(name=f'coyo_imagenet_vit_large_{side}', paper='COYO-ViT, Kakao Brain 2022', dataset='imagenet', model='coyo_vit_large_patch16_224', image_size=side, optimizer='sgd', lr=0.03,
+# %% ../nbs/32_recipes.ipynb #ad8f5c87
+COYO_FINETUNE = [Recipe(name=f'coyo_imagenet_vit_large_{side}', paper='COYO-ViT, Kakao Brain 2022', dataset='imagenet', model='coyo_vit_large_patch16_224', resize='bilinear_corners', image_size=side, optimizer='sgd', lr=0.03,
         weight_decay=0.0, batch=512, steps=20_000, eval_every=2000, warmup_steps=500, schedule='coyo_cosine', min_lr=0.0, clip=1.0, crop=1.0, crop_mode='squash', ema=0.9999, ema_dynamic=True,
         precision='bfloat16', cost='20,000 steps of 512', published=dict(imagenet1k=top1), **_inception) for side, top1 in ((384, 86.72), (512, 87.24))]
 
@@ -114,11 +114,11 @@ def recipe(
     if name: return known[name]
     return next((r for r in known.values() if r.dataset == dataset), next(iter(known.values())))
 
-# %% ../nbs/32_recipes.ipynb #7d064ea2
+# %% ../nbs/32_recipes.ipynb #b12dd812
 _small = dict(model='deit_tiny_patch16_224', model_options=dict(patch_size=8, embed_dim=128, depth=4, num_heads=4), image_size=32, drop_path=0.0, repeats=1,
     precision='float32', optimizer='adamw', lr=1e-3, weight_decay=0.05, per_step=True, warmup_epochs=1, warmup_steps=0, warmup_lr=1e-5, min_lr=1e-5,
     auto_augment='', color_jitter=0.0, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, best_by='last', schedule='cosine', clip=0.0,
-    decay_all=False, eps=0.0, steps=0, eval_every=0, ema=0.0)
+    decay_all=False, eps=0.0, vit_dropout=0.0, steps=0, eval_every=0, ema=0.0, crop_kind='timm')
 DEMO = dict(pretrain=dict(_small, epochs=10, batch=64, epoch_images=6400, scale=(0.5, 1.0)),
             finetune=dict(_small, epochs=12, batch=32, hflip=0.0, scale=(0.8, 1.0)))
 BUDGETS = ('demo', 'paper')

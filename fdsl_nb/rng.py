@@ -35,7 +35,7 @@ def _philox_fill(out, first, key, address):
                 i += 1
         word = (word | uint64(3)) + uint64(1)
 
-# %% ../nbs/01_rng.ipynb #48d37756
+# %% ../nbs/01_rng.ipynb #3ace1fef
 def philox(
     seed:int,             # key, 0 … 2**64 - 1
     address:tuple,        # three words of 32 bits that name the stream, e.g. (purpose, class, instance)
@@ -44,7 +44,7 @@ def philox(
 ) -> np.ndarray:          # uint32 [n]
     "Random words `start … start + n - 1` of one counter stream (Philox4x32-10, Salmon et al. 2011); `ValueError` if a word does not fit."
     if not 0 <= seed < 2**64: raise ValueError(f'seed={seed} does not fit in 64 bits; choose 0 … 2**64 - 1')
-    if any(not 0 <= a < 2**32 for a in address): raise ValueError(f'address={address} does not fit: each word is 0 … 2**32 - 1')
+    if len(address) != 3 or any(not 0 <= a < 2**32 for a in address): raise ValueError(f'address={address} does not fit: three words, each 0 … 2**32 - 1')
     if start + n > 2**34: raise ValueError(f'start={start} + n={n} runs past the end of the stream, 2**34 numbers')
     out = np.empty(n, np.uint32)
     _philox_fill(out, start, np.uint64(seed), np.array(address, np.uint32))

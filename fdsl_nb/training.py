@@ -7,12 +7,11 @@ __all__ = ['RUN', 'FREE', 'RECORDS', 'read_recipe', 'open_splits', 'make_model',
            'many_labels', 'judges', 'make_callbacks', 'train', 'go_on', 'chosen_model', 'finish', 'run_training',
            'read_result', 'recorded', 'clear']
 
-# %% ../nbs/36_training.ipynb #15c9efe3
-import json, time, uuid
+# %% ../nbs/36_training.ipynb #7b3717af
+import json, time, uuid, wandb
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-import wandb
 from fastai.callback.core import Callback
 from timm.utils import unwrap_model
 from .augment import eval_transform, train_transform
@@ -23,6 +22,7 @@ from .evaluate import evaluate
 from .folder import RunFolder, add_epoch, log_event, refuse_other_run, set_status, whole_file, write_config
 from .learner import fdsl_learner
 from .multilabel import MultiLabelCounter, MultiLabelLoss, evaluate_labels
+from .google import vit_pytorch_dropout
 from .models import create_model, freeze
 from .plan import Recipe, checked, in_epochs
 from .recipes import resolve
@@ -52,13 +52,14 @@ def open_splits(config:dict) -> dict:
     if config.get('hold_out') and 'val' not in splits: splits['train'], splits['val'] = hold_out(splits['train'], config['hold_out'])
     return splits
 
-# %% ../nbs/36_training.ipynb #7fde6531
+# %% ../nbs/36_training.ipynb #2e29ed22
 def make_model(config:dict, classes:int):
     "The model of a configuration, and what was loaded into it: (model, `LoadReport` or None)."
     r = read_recipe(config)
     drops = dict(drop_path_rate=r.drop_path) | (dict(drop_rate=r.drop) if r.drop else {})
     model = create_model(r.model, classes, r.image_size, seed=config['seed'], **{k: v for k, v in drops.items() if v}, **r.model_options)
     loaded = load_weights(model, config['weights'], head=r.head, resize=r.resize) if config['weights'] else None
+    if r.vit_dropout: vit_pytorch_dropout(model, r.vit_dropout)
     if r.freeze: freeze(model, *r.freeze)
     return model, loaded
 
