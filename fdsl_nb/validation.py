@@ -6,7 +6,7 @@
 __all__ = ['PREPARED', 'EXAMINED', 'CHOICES', 'LEFT', 'FREE', 'brought', 'weights_hash', 'examination', 'open_examined',
            'picture_names', 'load_examined', 'validate', 'counted', 'write_answers', 'run_validation', 'read_answers']
 
-# %% ../nbs/36a_validation.ipynb #53bed07f
+# %% ../nbs/36a_validation.ipynb #03caeb75
 import hashlib, json, time
 from contextlib import nullcontext
 from dataclasses import fields
@@ -21,13 +21,14 @@ from .distributed import found_ranks, join, launch, rank, total, world
 from .evaluate import Answers, ask, per_class, published_top1, real_top1
 from .folder import RunFolder, read_config, refuse_other_run, set_status, whole_file, write_config
 from .models import create_model, current_name
-from .recipes import Recipe
+from .multilabel import evaluate_labels
+from .plan import Recipe
 from .settings import Resolved, did_you_mean
-from .training import read_recipe, read_result
+from .training import open_splits, read_recipe, read_result
 
-# %% ../nbs/36a_validation.ipynb #8f2e9c72
+# %% ../nbs/36a_validation.ipynb #4591ad4e
 PREPARED = tuple(f.name for f in fields(Augmentation) if f.name in ('image_size', 'interpolation', 'mean', 'std', 'crop', 'crop_mode'))
-EXAMINED = dict(dataset='', knobs={}, split='', labels='dataset', metric='exact', model='', model_options={}, ema=False, batch=256, precision='float32')
+EXAMINED = dict(dataset='', data='', hold_out=0.0, knobs={}, split='', labels='dataset', metric='exact', model='', model_options={}, ema=False, batch=256, precision='float32')
 
 def brought(weights:str) -> dict:
     "What a checkpoint says of itself, field of a `Recipe` → value: everything, how images are prepared, or nothing."
@@ -37,7 +38,7 @@ def brought(weights:str) -> dict:
     else:
         found = getattr(read_checkpoint(weights).get('args'), '__dict__', {})
         if 'model_options' not in found: return {}
-    return {k: found[k] for k in ('model', 'model_options', 'dataset', 'knobs', *PREPARED) if k in found}
+    return {k: found[k] for k in ('model', 'model_options', 'dataset', 'data', 'hold_out', 'knobs', *PREPARED) if k in found}
 
 # %% ../nbs/36a_validation.ipynb #ab6085f4
 def weights_hash(weights:str) -> str:
@@ -51,7 +52,7 @@ def weights_hash(weights:str) -> str:
             while block := f.read(2**20): digest.update(block)
     return digest.hexdigest()[:16]
 
-# %% ../nbs/36a_validation.ipynb #107149f3
+# %% ../nbs/36a_validation.ipynb #4c5b2c0c
 CHOICES = dict(labels=('dataset', 'real'), metric=('exact', 'published'), precision=('float32', 'bfloat16', 'float16'), split=('', 'train', 'val', 'test'))
 
 def examination(
@@ -63,7 +64,7 @@ def examination(
     for k in transform:
         if k not in PREPARED: raise ValueError(f'transform={k!r} is not known' + did_you_mean(k, PREPARED))
     own, taken = brought(weights), {k: v for k, v in given.items() if k in (*EXAMINED, *PREPARED)} | transform
-    if taken.get('dataset', own.get('dataset')) != own.get('dataset'): own.pop('knobs', None)
+    if taken.get('dataset', own.get('dataset')) != own.get('dataset'): own = {k: v for k, v in own.items() if k not in ('knobs', 'data', 'hold_out')}
     elif taken.get('knobs'): taken['knobs'] = own.get('knobs', {}) | taken['knobs']
     if taken.get('model', own.get('model')) != own.get('model'): own.pop('model_options', None)
     values = {k: Resolved(v, 'default') for k, v in (EXAMINED | _prepared_by_default(taken, own)).items()}
@@ -85,15 +86,14 @@ def _check_choices(values, weights):
     for k, example in dict(model='deit_tiny_patch16_224', dataset='digits').items():
         if not values[k].value: raise ValueError(f'weights={weights!r} does not say its {k}; name it, for example -p {k} {example}')
 
-# %% ../nbs/36a_validation.ipynb #46c122f0
+# %% ../nbs/36a_validation.ipynb #3e4f3ed3
 def open_examined(config:dict) -> tuple: # (name of the split, data set)
-    "The split to ask about; `ValueError` where it does not exist or cannot be counted."
+    "The split to ask about; `ValueError` where it does not exist."
     name, knobs, asked = config['dataset'], config.get('knobs') or {}, config.get('split')
     for split in (asked,) if asked else ('test', 'val', 'train'):
-        data = open_dataset(name, split, **knobs)
-        if data is None: continue
-        if getattr(data, 'multilabel', False): raise ValueError(f'dataset={name!r} has several labels an image; right or wrong can be counted only where there is one')
-        return split, data
+        if config.get('hold_out') and split != 'test': data = open_splits(config).get(split)
+        else: data = open_dataset(name, split, data=config.get('data') or '', **knobs)
+        if data is not None: return split, data
     raise ValueError(f'dataset={name!r} has no split {asked!r}; leave split out to take the one it has')
 
 def picture_names(data) -> list:
@@ -114,25 +114,33 @@ def load_examined(config:dict, classes:int) -> tuple: # (model, `LoadReport`)
         raise CheckpointError(f'weights={name!r} has no head for dataset={config["dataset"]!r}: classes: {found}, {classes} in the data; {remedy}')
     return model, report
 
-# %% ../nbs/36a_validation.ipynb #f86fc18a
+# %% ../nbs/36a_validation.ipynb #eacb364e
 def validate(
     config:dict,          # values of `examination`, with folder and workers; plain data
 ) -> dict:                # split, images, correct, top1, top5, loss, …; with labels=real: real_correct, real_images, real_top1
     "Asks a checkpoint about every image of a split; every process of a run calls it."
-    started, folder = time.time(), RunFolder(config['folder'])
+    started = time.time()
     with join() as device:
         split, data = open_examined(config)
-        known = config['labels'] == 'dataset' or data.classes == ImageNetInfo().label_names()
-        classes = len(data.classes) if config['labels'] == 'dataset' else 1000
-        model, report = load_examined(config, classes)
-        loader = eval_loader(data, eval_transform(read_recipe(config)), config['batch'], rank(), world(), config['workers'])
-        dtype = getattr(torch, config['precision'])
+        model, report = load_examined(config, len(data.classes) if config['labels'] == 'dataset' else 1000)
+        loader, dtype = eval_loader(data, eval_transform(read_recipe(config)), config['batch'], rank(), world(), config['workers']), getattr(torch, config['precision'])
         context = nullcontext if dtype == torch.float32 else lambda: torch.autocast(device.type, dtype)
-        a = ask(model.to(device), loader, len(data), classes, device, context)
-        if rank() == 0: write_answers(folder, a, data.classes if known else None)
+        examine = _many_labels if getattr(data, 'multilabel', False) else _one_label
+        found = examine(config, data, model.to(device), loader, device, context)
         total(torch.zeros(1, device=device))       # nobody leaves before the files are there
-        found = dict(split=split, images=len(data), classes=data.classes, weights=str(report)) | (counted(a, config) if known else {})
-        return found | (_real(a, data) if config['labels'] == 'real' else {}) | dict(seconds=round(time.time() - started, 1))
+        return dict(split=split, images=len(data), classes=data.classes, weights=str(report)) | found | dict(seconds=round(time.time() - started, 1))
+
+# %% ../nbs/36a_validation.ipynb #e07aada8
+def _one_label(config, data, model, loader, device, context):
+    known = config['labels'] == 'dataset' or data.classes == ImageNetInfo().label_names()
+    a = ask(model, loader, len(data), model.num_classes, device, context)
+    if rank() == 0: write_answers(RunFolder(config['folder']), a, data.classes if known else None)
+    return (counted(a, config) if known else {}) | (_real(a, data) if config['labels'] == 'real' else {})
+
+def _many_labels(config, data, model, loader, device, context):
+    for k in ('labels', 'metric'):
+        if config[k] != EXAMINED[k]: raise ValueError(f'{k}={config[k]!r} is for images with one label, and those of dataset={config["dataset"]!r} have several; leave it out')
+    with context(): return evaluate_labels(model, loader, len(data.classes), device, average_precision=True).figures()
 
 # %% ../nbs/36a_validation.ipynb #2076ac54
 def counted(a:Answers, config:dict) -> dict:
