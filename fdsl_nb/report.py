@@ -89,11 +89,11 @@ def run_starts(config:dict, scratch:bool, seeds:int) -> pd.DataFrame:
         rows.append(dict(start=name, seed=seed, **{k: result.get(k) for k in ('correct', 'images', 'top1', 'seconds')}, result=result))
     return pd.DataFrame(rows)
 
-# %% ../nbs/42_report.ipynb #727c901d
+# %% ../nbs/42_report.ipynb #d231ce9c
 def summarise(runs:pd.DataFrame) -> pd.DataFrame:
-    "Per start: number of seeds, mean and sample deviation of top-1 (percent), correct and images of each seed."
+    "Per start: number of seeds, mean and sample deviation of top-1 (percent), mean wall time (minutes), correct and images of each seed."
     groups = runs.groupby('start', sort=False)
-    return pd.DataFrame(dict(seeds=groups.size(), mean_top1=groups.top1.mean().round(2), deviation=groups.top1.std().round(2),
+    return pd.DataFrame(dict(seeds=groups.size(), mean_top1=groups.top1.mean().round(2), deviation=groups.top1.std().round(2), minutes=(groups.seconds.mean() / 60).round(2),
         right=groups.apply(lambda g: ', '.join(f'{c}/{n}' for c, n in zip(g.correct, g.images)), include_groups=False)))
 
 # %% ../nbs/42_report.ipynb #114e5ca5
