@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RUN', 'FREE', 'RECORDS', 'read_recipe', 'open_splits', 'make_model', 'architecture_of', 'make_loaders', 'WandbLog',
            'many_labels', 'judges', 'make_callbacks', 'train', 'go_on', 'chosen_model', 'finish', 'run_training',
-           'read_result', 'recorded', 'clear']
+           'read_result', 'recorded', 'record_failure', 'clear']
 
 # %% ../nbs/36_training.ipynb #7b3717af
 import json, time, uuid, wandb
@@ -162,7 +162,7 @@ def finish(learn, config, splits, device) -> dict:
     e = evaluate(model, loader, len(classes), device)
     return dict(split=split, correct=e.correct, within_five=e.within_five, confusion=e.confusion.tolist(), classes=classes, **e.figures())
 
-# %% ../nbs/36_training.ipynb #5a041f8c
+# %% ../nbs/36_training.ipynb #87791263
 def run_training(
     config:dict,          # name → `Resolved`; see `resolve` and `RUN`
 ) -> dict:                # of `train`
@@ -170,13 +170,14 @@ def run_training(
     values = RUN | {k: v.value for k, v in config.items()}
     folder, ranks = RunFolder(values['folder']), found_ranks()
     if ranks and ranks['rank']:      # a rank that a cluster's launcher made: process 0 keeps the records
-        return read_result(folder) if folder.state == 'done' and not values['restart'] else train(values)
+        try: return read_result(folder) if folder.state == 'done' and not values['restart'] else train(values)
+        except BaseException as e: record_failure(folder, e); raise
     if values['restart']: clear(folder)
     refuse_other_run(folder, values, FREE)
     if folder.state == 'done': return read_result(folder)
     return recorded(folder, config, values)
 
-# %% ../nbs/36_training.ipynb #851dda32
+# %% ../nbs/36_training.ipynb #77590896
 def read_result(folder:RunFolder) -> dict: return json.loads(folder.file('result.json').read_text())
 
 def recorded(folder:RunFolder, config:dict, values:dict) -> dict:
@@ -192,8 +193,15 @@ def recorded(folder:RunFolder, config:dict, values:dict) -> dict:
         set_status(folder, 'done')
         return result
     except BaseException as e:
-        set_status(folder, 'failed', reason=f'{type(e).__name__}: {e}')
+        record_failure(folder, e)
         raise
+
+# %% ../nbs/36_training.ipynb #1af911e2
+def record_failure(folder:RunFolder, e:BaseException):
+    "Records why the run failed, unless another rank that a launcher made has done so before."
+    ranks = found_ranks()
+    if ranks and folder.state == 'failed': return
+    set_status(folder, 'failed', reason=(f"process {ranks['rank']} of {ranks['world']}: " if ranks else '') + f'{type(e).__name__}: {e}')
 
 # %% ../nbs/36_training.ipynb #eac23cb4
 RECORDS = ('wandb-id.txt', 'status.json', 'config.json', 'environment.txt', 'summary.csv', 'log.jsonl', 'result.json', 'inputs.png', '*.pth.tar',

@@ -1,0 +1,182 @@
+"""Launchers of clusters on one machine: OpenMPI's own, and two hosts made of network namespaces."""
+
+import json, os, shutil, socket, subprocess, sys, time
+from pathlib import Path
+import pytest
+import torch
+from fdsl_nb.build import build
+from fdsl_nb.checkpoints import read_checkpoint
+from fdsl_nb.contours import VisualAtom
+from fdsl_nb.folder import RunFolder
+from fdsl_nb.verify import verify
+
+NBS = Path(__file__).parent.parent/'nbs'
+QUIET = {'WANDB_MODE': 'disabled', 'OMP_NUM_THREADS': '1'}
+
+@pytest.fixture(autouse=True)
+def own_data_root(tmp_path, monkeypatch): monkeypatch.setenv('FDSL_DATA_ROOT', str(tmp_path/'data'))
+
+def contents(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob('*')) if p.is_file()}
+
+def differing(one, other):
+    "Names of the weights that differ between two run folders."
+    one, other = (read_checkpoint(f/'last.pth.tar')['state_dict'] for f in (one, other))
+    return [k for k in one.keys() | other.keys() if not torch.equal(one[k], other[k])]
+
+
+# OpenMPI
+
+def mpirun(processes, *command, timeout=120, **more):
+    "Runs a command under OpenMPI, the package's or the machine's."
+    beside = Path(sys.executable).with_name('mpirun')
+    program = str(beside) if beside.exists() else shutil.which('mpirun')
+    if program is None: pytest.skip('mpirun is not installed; the extra dev brings it, as the package openmpi')
+    as_root = dict(OMPI_ALLOW_RUN_AS_ROOT='1', OMPI_ALLOW_RUN_AS_ROOT_CONFIRM='1')      # a container's user
+    return subprocess.run([program, '--oversubscribe', '-np', str(processes), *map(str, command)], check=False, capture_output=True, text=True, timeout=timeout,
+        env={**os.environ, **QUIET, **as_root, **more})
+
+SCRIPT = '''
+import sys
+from fdsl_nb.build import build, open_executor
+from fdsl_nb.contours import VisualAtom
+if __name__ == '__main__':
+    with open_executor('mpi') as executor: build(VisualAtom(classes=3, instances=40, size=96), sys.argv[1], workers=0, executor=executor, layout='shards', shard_images=50)
+'''
+
+@pytest.mark.parametrize('through', [(), ('-m', 'mpi4py.futures')], ids=['all processes run the script', 'mpi4py runs it'])
+def test_mpi_writes_the_same_bytes(tmp_path, through):
+    pytest.importorskip('mpi4py', reason='the extra mpi is not installed')
+    (tmp_path/'script.py').write_text(SCRIPT)
+    done = mpirun(2, sys.executable, *through, tmp_path/'script.py', tmp_path/'out')
+    assert done.returncode == 0, done.stderr
+    build(VisualAtom(classes=3, instances=40, size=96), tmp_path/'alone', workers=0, progress=lambda *_: None, layout='shards', shard_images=50)
+    assert contents(tmp_path/'out') == contents(tmp_path/'alone')
+
+@pytest.mark.slow
+def test_build_notebook_under_mpirun(tmp_path):
+    "Process 0 builds, the others work for it; a slip ends all with its reason, and one process alone is told what to type."
+    pytest.importorskip('mpi4py', reason='the extra mpi is not installed')
+    def run(name, layout='shards'):
+        (tmp_path/name).mkdir()
+        words = f'-p dataset visualatom -p classes 6 -p instances 20 -p shard_images 30 -p scheduler mpi -p layout {layout} --no-progress-bar'
+        return mpirun(3, 'bash', '-c', f'{sys.executable} -m papermill {NBS}/build.ipynb {tmp_path/name}/rank$OMPI_COMM_WORLD_RANK.ipynb {words}', timeout=300)
+    assert run('good').returncode == 0 and RunFolder(tmp_path/'good').state == 'done' and verify(tmp_path/'good'/'data') == []
+    assert sorted(p.name for p in (tmp_path/'good').glob('rank*')) == ['rank0.ipynb', 'rank1.ipynb', 'rank2.ipynb']
+    assert run('slip', 'shard').returncode != 0 and "did you mean 'shards'" in RunFolder(tmp_path/'slip').status['reason']
+
+def test_mpi_for_one_process_is_explained():
+    "Otherwise mpi4py tries to start processes by itself, and waits for ever where that fails."
+    pytest.importorskip('mpi4py', reason='the extra mpi is not installed')
+    code = "from fdsl_nb.build import open_executor; open_executor('mpi').__enter__()"
+    done = subprocess.run([sys.executable, '-c', code], check=False, capture_output=True, text=True, timeout=60)
+    assert 'start it and its workers with mpirun -np N' in done.stderr or 'finds no MPI on this machine' in done.stderr
+
+SMALL = dict(dataset='rcdb', classes=4, instances=40, batch=16, epochs=1, warmup_epochs=0, mixup=0.5, drop_path=0.1)
+
+def pretrain(folder, launcher=lambda command: subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, **QUIET}), name='pretrain', **parameters):
+    "The notebook as a user starts it; `launcher` runs the words of a command."
+    folder.mkdir(exist_ok=True)
+    words = ' '.join(f'-p {k} {v}' for k, v in parameters.items())
+    return launcher(['bash', '-c', f'{sys.executable} -m papermill {NBS}/pretrain.ipynb {folder}/{name}.ipynb --no-progress-bar --log-output {words}'])
+
+def test_mpirun_trains_as_local_processes_do(tmp_path):
+    done = pretrain(tmp_path/'mpi', lambda command: mpirun(2, *command, timeout=300), 'rank$OMPI_COMM_WORLD_RANK', **SMALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert RunFolder(tmp_path/'mpi').state == 'done' and {'rank0.ipynb', 'rank1.ipynb', 'summary.csv'} <= {p.name for p in (tmp_path/'mpi').iterdir()}
+    assert [json.loads(line)['processes'] for line in (tmp_path/'mpi'/'log.jsonl').read_text().splitlines() if 'processes' in line] == [2]
+    assert pretrain(tmp_path/'local', **SMALL, processes=2).returncode == 0
+    assert differing(tmp_path/'mpi', tmp_path/'local') == []
+    assert (tmp_path/'mpi'/'summary.csv').read_text() == (tmp_path/'local'/'summary.csv').read_text()
+
+FAULTY = '''
+import os, time
+from dataclasses import dataclass
+import numpy as np
+from fdsl_nb.formula import Formula
+@dataclass(frozen=True)
+class Faulty(Formula):
+    "Squares, some of which process 1 cannot draw."
+    def category(self, c): return c
+    def draw(self, c, k):
+        if k > 30 and os.environ.get('OMPI_COMM_WORLD_RANK') == '1':
+            print('failed at', time.time(), flush=True)
+            raise OSError('the disk of process 1 is gone')
+        return np.full((self.size, self.size), 40 * c + k, np.uint8)
+'''
+
+def test_a_failing_rank_ends_all_and_says_why(tmp_path):
+    (tmp_path/'faulty_squares.py').write_text(FAULTY)
+    given = SMALL | dict(dataset='faulty_squares:Faulty', size=32)
+    done = pretrain(tmp_path/'run', lambda command: mpirun(2, *command, timeout=300, PYTHONPATH=str(tmp_path)), 'rank$OMPI_COMM_WORLD_RANK', **given)
+    ended = time.time()
+    assert done.returncode != 0
+    failed = float(next(line for line in (done.stdout + done.stderr).splitlines() if 'failed at' in line).split()[-1])
+    assert ended - failed < 10
+    assert RunFolder(tmp_path/'run').state == 'failed' and RunFolder(tmp_path/'run').status['reason'] == 'process 1 of 2: OSError: the disk of process 1 is gone'
+
+
+# Two hosts
+
+RANK = '''
+import json, sys
+from fdsl_nb.folder import RunFolder
+from fdsl_nb.runs import configuration
+from fdsl_nb.training import run_training
+run_training(configuration('pretrain', dict(json.loads(sys.argv[2]), wandb_mode='disabled'), RunFolder(sys.argv[1])))
+'''
+
+def host(n, *command): return ['ip', 'netns', 'exec', f'fdsl-{os.getpid()}-{n}', 'unshare', '--uts', 'sh', '-c', f'hostname fdsl-{n}; exec "$@"', 'sh', *map(str, command)]
+
+@pytest.fixture(scope='module')
+def hosts():
+    "Two network namespaces joined by a cable, each with a name and an address of its own: what connects them is the network, as between machines."
+    pid, done = os.getpid(), []
+    def ip(*words): done.append(subprocess.run(['ip', *words], check=False, capture_output=True, text=True))
+    if not all(map(shutil.which, ('ip', 'unshare'))): pytest.skip('the programs ip and unshare are needed to make hosts')
+    for n in (0, 1): ip('netns', 'add', f'fdsl-{pid}-{n}')
+    ip('link', 'add', f'fdsl{pid % 10**6}a', 'netns', f'fdsl-{pid}-0', 'type', 'veth', 'peer', 'name', f'fdsl{pid % 10**6}b', 'netns', f'fdsl-{pid}-1')
+    for n, name in enumerate((f'fdsl{pid % 10**6}a', f'fdsl{pid % 10**6}b')):
+        ip('-n', f'fdsl-{pid}-{n}', 'link', 'set', name, 'name', 'net0')
+        ip('-n', f'fdsl-{pid}-{n}', 'addr', 'add', f'10.77.0.{n + 1}/24', 'dev', 'net0')
+        for device in ('lo', 'net0'): ip('-n', f'fdsl-{pid}-{n}', 'link', 'set', device, 'up')
+    refused = next((d.stderr.strip() for d in done if d.returncode), '')
+    try:
+        if refused: pytest.skip(f'network namespaces cannot be made here, which takes root: {refused}')
+        yield
+    finally:
+        for n in (0, 1): ip('netns', 'del', f'fdsl-{pid}-{n}')
+
+def on_both(commands, timeout=240, **more):
+    "Runs a command on each host at once; (exit status, all that was said) of each."
+    environment = {**os.environ, **QUIET, 'GLOO_SOCKET_IFNAME': 'net0', **more}
+    running = [subprocess.Popen(host(n, *command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) for n, command in enumerate(commands)]
+    try: return [(p.communicate(timeout=timeout)[0], p.returncode)[::-1] for p in running]
+    finally:
+        for p in running: p.kill()
+
+def test_hosts_are_two(hosts):
+    "They have their own names, and neither reaches the other's or this machine's loopback."
+    listen = "import socket; s = socket.create_server(('127.0.0.1', 29777)); s.settimeout(3); s.accept()"
+    assert [said.strip() for _, said in on_both([['hostname']] * 2)] == ['fdsl-0', 'fdsl-1'] and socket.gethostname() not in ('fdsl-0', 'fdsl-1')
+    knock = "import socket, time; time.sleep(1); socket.create_connection(('127.0.0.1', 29777), 1)"
+    assert [status for status, _ in on_both([[sys.executable, '-c', listen], [sys.executable, '-c', knock]])] == [1, 1]
+
+@pytest.fixture(scope='module')
+def local(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('local')
+    (folder/'rank.py').write_text(RANK)
+    subprocess.run([sys.executable, folder/'rank.py', folder/'run', json.dumps(SMALL | dict(processes=2))], check=True, env={**os.environ, **QUIET}, capture_output=True)
+    return folder
+
+@pytest.mark.parametrize('launcher', ['by hand', 'torchrun', 'words of OpenMPI', 'words of SLURM'])
+def test_two_hosts_train_as_two_processes_do(hosts, local, tmp_path, launcher):
+    "MASTER_ADDR is the first host's address, as the published programs set it."
+    meeting = dict(MASTER_ADDR='10.77.0.1', MASTER_PORT='29611')
+    words = [local/'rank.py', tmp_path/'run', json.dumps(SMALL)]
+    names = {'by hand': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'), 'words of OpenMPI': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+        'words of SLURM': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID')}.get(launcher)
+    if names: commands = [['env', f'{names[0]}={n}', f'{names[1]}=2', f'{names[2]}=0', sys.executable, *words] for n in (0, 1)]
+    else: commands = [[sys.executable, '-m', 'torch.distributed.run', '--nnodes', 2, '--node-rank', n, '--master-addr', '10.77.0.1', '--master-port', '29612', *words] for n in (0, 1)]
+    for status, said in on_both(commands, **meeting): assert status == 0, said
+    assert RunFolder(tmp_path/'run').status['host'] == 'fdsl-0' and RunFolder(tmp_path/'run').status['state'] == 'done'
+    assert differing(tmp_path/'run', local/'run') == []
