@@ -1,12 +1,13 @@
 """Data sets on disk: what is written, what is refused, what survives a kill, and that reading gives back every image once."""
 
-import errno, hashlib, os, random, signal, subprocess, sys, tarfile, time, zipfile
+import errno, hashlib, json, os, random, signal, subprocess, sys, tarfile, time, zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import PILToTensor
 import webdataset
@@ -16,6 +17,7 @@ from fdsl_nb.contours import RCDB, VisualAtom
 from fdsl_nb.datasets import EpochBatches, FormulaDataset, open_dataset, train_loader
 from fdsl_nb.ifs import FractalDB, OFDB2D, OnePFrac
 from fdsl_nb.ifs3d import ExFractalDB, MVFractalDB, OFDB3D
+from fdsl_nb.parquet import export_parquet, features, part_file
 from fdsl_nb.shards import BuiltDataset, Plan, Shuffle, decode, encode, published_file
 from fdsl_nb.streams import ShardStream, share, spans, stream_loader
 from fdsl_nb.verify import repair, verify
@@ -411,3 +413,65 @@ def test_damaged_records_are_named_or_counted(shards, tmp_path, workers):
     assert sum(len(x) for x, _ in stream_loader(stream, workers)) == 120 and stream.skipped.item() == 1
     with pytest.raises(ValueError, match='is damaged'): list(stream_loader(ShardStream(copy, PILToTensor(), 8), workers))
     with pytest.raises(ValueError, match="on_error='warn' is not known"): BuiltDataset(copy, on_error='warn')
+
+
+# Parquet
+
+def export(out, source=SMALL, **more): return export_parquet(source, out, file_images=50, workers=0, progress=quiet, **more)
+
+def test_parquet_of_a_formula_a_build_and_a_folder(shards, tmp_path):
+    "Pictures as bytes, labels as numbers, in the order of the shuffle; what is PNG or JPEG already stays what it is."
+    parquet = pytest.importorskip('pyarrow.parquet', reason='the extra parquet is not installed')
+    (tmp_path/'photos'/'train'/'cat').mkdir(parents=True)
+    photo = Image.fromarray(np.arange(3072, dtype=np.uint8).reshape(32, 32, 3))
+    photo.save(tmp_path/'photos'/'train'/'cat'/'a.jpg')
+    with zipfile.ZipFile(tmp_path/'photos.zip', 'w') as z: z.write(tmp_path/'photos'/'train'/'cat'/'a.jpg', 'cat/a.jpg')
+    for name, source in [('formula', SMALL), ('build', str(shards)), ('photos', str(tmp_path/'photos.zip'))]: export(tmp_path/f'hub-{name}', source)
+    assert contents(tmp_path/'hub-formula').keys() == contents(tmp_path/'hub-build').keys()
+    rows = [[row for p in range(3) for row in parquet.read_table(tmp_path/f'hub-{name}'/part_file(make_plan(SMALL, 'shards', shard_images=50), p)).to_pylist()] for name in ('formula', 'build')]
+    assert rows[0] == rows[1] and [r['label'] for r in rows[0]] == [i // 20 for i in make_plan(SMALL, 'shards').images_at(range(120)).tolist()]
+    assert decode(rows[0][7]['image']['bytes'], 'x.png').tobytes() == SMALL.render(*divmod(int(Shuffle(120, 0).image([7])[0]), 20)).tobytes()
+    file = next((tmp_path/'hub-photos'/'data').iterdir())
+    assert parquet.read_table(file).to_pylist() == [dict(image=dict(bytes=(tmp_path/'photos'/'train'/'cat'/'a.jpg').read_bytes(), path='00000_0000.jpg'), label=0)]
+    assert json.loads(parquet.read_schema(file).metadata[b'huggingface']) == {'info': {'features': {'image': {'_type': 'Image'}, 'label': {'names': ['cat'], '_type': 'ClassLabel'}}}}
+
+def test_the_datasets_library_reads_the_parquet(tmp_path, monkeypatch):
+    datasets = pytest.importorskip('datasets', reason='the package datasets is not installed; it is nobody\'s dependency here')
+    export(tmp_path/'hub')
+    for one in (datasets.load_dataset(str(tmp_path/'hub'), split='train', cache_dir=str(tmp_path/'cache')), datasets.load_dataset(str(tmp_path/'hub'), split='train', streaming=True)):
+        assert isinstance(one.features['image'], datasets.Image) and one.features['label'].names == features(make_plan(SMALL))['label']['names']
+        assert sum(row['label'] for row in one) == 20 * sum(range(6)) and next(iter(one))['image'].size == (48, 48)
+
+def test_a_stopped_export_continues(tmp_path):
+    pytest.importorskip('pyarrow', reason='the extra parquet is not installed')
+    export(tmp_path/'whole')
+    def stop(done, *_):
+        if done: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): export_parquet(SMALL, tmp_path/'out', file_images=50, workers=0, progress=stop)
+    (tmp_path/'out'/'data'/'.train-00001.x1').write_bytes(b'half')
+    drawn = []
+    export_parquet(SMALL, tmp_path/'out', file_images=50, workers=0, progress=lambda done, total, now, *_: drawn.append(now))
+    assert drawn[-1] == 70 and contents(tmp_path/'out') == contents(tmp_path/'whole')
+    with pytest.raises(ValueError, match='holds images of another export'): export(tmp_path/'out', seed=1)
+    (tmp_path/'out'/'cat.jpg').touch()
+    with pytest.raises(ValueError, match='holds cat.jpg, which this export would not write'): export(tmp_path/'out')
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    parquet = pytest.importorskip('pyarrow.parquet', reason='the extra parquet is not installed')
+    export(tmp_path/'out')
+    file = tmp_path/'out'/part_file(make_plan(SMALL, 'shards', shard_images=50), 1)
+    whole, chance = file.read_bytes(), random.Random(0)
+    for size in (0, 3, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=f'{file.name} is no whole Parquet file'): export(tmp_path/'out')
+    footer = int.from_bytes(whole[-8:-4], 'little')
+    for _ in range(40):     # a turned bit in the footer: noticed, or without meaning
+        data, place = bytearray(whole), chance.randrange(len(whole) - footer - 8, len(whole))
+        data[place] ^= 1 << chance.randrange(8)
+        file.write_bytes(data)
+        try: export(tmp_path/'out')
+        except ValueError as e: assert file.name in str(e)
+    data = bytearray(whole)
+    data[len(whole) // 3] ^= 1                              # among the pictures: the page's checksum tells the reader
+    file.write_bytes(data)
+    with pytest.raises(OSError, match='CRC'): parquet.read_table(file, page_checksum_verification=True)

@@ -168,7 +168,7 @@ def local(tmp_path_factory):
     subprocess.run([sys.executable, folder/'rank.py', folder/'run', json.dumps(SMALL | dict(processes=2))], check=True, env={**os.environ, **QUIET}, capture_output=True)
     return folder
 
-@pytest.mark.parametrize('launcher', ['by hand', 'torchrun', 'words of OpenMPI', 'words of SLURM'])
+@pytest.mark.parametrize('launcher', ['by hand', 'torchrun', *(pytest.param(f'words of {name}', marks=pytest.mark.slow) for name in ('OpenMPI', 'SLURM'))])
 def test_two_hosts_train_as_two_processes_do(hosts, local, tmp_path, launcher):
     "MASTER_ADDR is the first host's address, as the published programs set it."
     meeting = dict(MASTER_ADDR='10.77.0.1', MASTER_PORT='29611')
