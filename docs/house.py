@@ -89,7 +89,7 @@ def link_names(app, page, template, context, doctree):
         target = app.builder.get_relative_uri(page, known[full].docname)
         return f'<a class="to-reference" href="{target}#{known[full].node_id}" title="{full}">{m[0]}</a>'
     code = lambda m: NAME.sub(link, m[0])
-    context['body'] = re.sub(r'<div class="highlight-(?:python|default)[^>]*><div class="highlight"><pre>.*?</pre>', code, context['body'], flags=re.DOTALL)
+    context['body'] = re.sub(r'<div class="highlight-python[^>]*><div class="highlight"><pre>.*?</pre>', code, context['body'], flags=re.DOTALL)
 
 
 def setup(app):

@@ -78,22 +78,31 @@ def slider(name):
 
 # Recipes
 
+DATA = dict(cifar10='CIFAR-10', cifar100='CIFAR-100', cars='Cars', flowers='Flowers', voc12='VOC 12', places30='Places-30', imagenet100='ImageNet-100', imagenet1k='ImageNet-1k')
+
+
+def published(r):
+    "What was reported for a recipe."
+    return ', '.join(f'{DATA.get(k, k)} {v}' for k, v in r.published.items())
+
+
 def recipes(stage):
-    "The published recipes of a stage: what, on what, at which cost, with which result; then each with its command and its values."
+    "The published recipes of a stage: what, on what, with which result; then each with its command and its values."
     known = dict(pretrain=PRETRAIN, finetune=FINETUNE)[stage]
-    first = table(('recipe', 'data set', 'model', 'cost', 'published result'),
-                  [(f'[`{r.name}`](#{r.name.replace("_", "-")})', f'`{r.dataset}`', f'`{r.model}`', r.cost, r.expected) for r in known])
-    return '\n\n'.join([first, *(one_recipe(r, stage) for r in known)])
+    rows = [(f'[`{r.name}`](#{anchor(r)})', f'`{r.dataset}`', f'`{r.model}`', published(r)) for r in known]
+    return '\n\n'.join([table(('recipe', 'data set', 'model', 'published top-1, %'), rows), *(one_recipe(r, stage) for r in known)])
+
+
+def anchor(r):
+    return r.name.replace('_', '-')
 
 
 def one_recipe(r, stage):
-    told = ('name', 'paper', 'cost', 'expected')
     plain = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(Recipe)}
-    values = {f.name: getattr(r, f.name) for f in fields(r) if f.name not in told}
+    values = {f.name: getattr(r, f.name) for f in fields(r) if f.name not in ('name', 'paper', 'cost', 'published')}
     own = [(f'`{k}`', code(v)) for k, v in values.items() if v != plain[k] or k in ('dataset', 'model', 'epochs', 'batch', 'lr')]
-    words = [f'({r.name.replace("_", "-")})=\n### `{r.name}`', ' · '.join(str(w) for w in (r.paper, r.cost, r.expected) if w),
-             f'```\nfdsl run {stage} -p recipe {r.name} -p dataset {r.dataset} -p budget paper\n```', table(('value', ''), own)]
-    return '\n\n'.join(words)
+    told = '. '.join(w for w in (r.paper, r.cost, published(r) and f'Published: {published(r)} %') if w)
+    return '\n\n'.join([f'({anchor(r)})=\n### `{r.name}`', f'{told}.', f'```\nfdsl run {stage} -p recipe {r.name} -p dataset {r.dataset} -p budget paper\n```', table(('value', ''), own)])
 
 
 # Runs and machines
@@ -106,7 +115,7 @@ def parameters(notebook):
 
 def notebooks():
     "All run notebooks with their parameters."
-    return '\n\n'.join(f'## `{n}`\n\n[The notebook](chapters/{n}.ipynb).\n\n{parameters(n)}' for n in NOTEBOOKS)
+    return '\n\n'.join(f'## `{n}`\n\n[The notebook](chapters/{n}.ipynb).\n\n{parameters(n)}' for n in NOTEBOOKS if (HERE.parent/'nbs'/f'{n}.ipynb').exists())
 
 
 def settings():
@@ -137,7 +146,7 @@ def modules():
 
 CONTENTS = {
     'Start here': ('tutorial', 'explorer', 'formulas'),
-    'How to': ('own-formula', 'own-data', 'build-data', 'many-gpus', 'cluster', 'resume', 'publish'),
+    'How to': ('own-formula', 'own-data', 'build-data', 'many-gpus', 'cluster', 'resume', 'evaluate', 'publish'),
     'Look up': ('recipes', 'parameters', 'book', 'reference'),
     'Contribute': ('contributing', 'house', 'changelog')}
 
