@@ -187,11 +187,14 @@ def _show_differences(self:RunBrowser, chosen):
 @patch(as_prop=True)
 def readable(self:RunBrowser) -> list: return [p for p in self.chosen if self.seen[p][1].state != 'damaged']
 
-# %% ../nbs/44_browser.ipynb #b56f0b28
+# %% ../nbs/44_browser.ipynb #c5b555f0
 @patch
 def _show_report(self:RunBrowser, chosen):
     names = dict(zip(short_names(chosen), chosen)) if chosen else {}
-    if tuple(names) != self.which.options: self.which.options = tuple(names)
+    if tuple(names) != self.which.options:
+        before, self.which.options = self.which.value, tuple(names)
+        # a menu that was empty does not choose by itself
+        self.which.value = before if before in names else next(iter(names), None)
     run = self.seen[names[self.which.value]][1] if self.which.value in names else None
     text = report_links(run) if run else 'tick a run'
     self.links.outputs = (dict(output_type='display_data', data={'text/html': text, 'text/plain': ''}, metadata={}),)

@@ -90,7 +90,7 @@ def in_words(seconds:float|None) -> str:
     if minutes < 100: return f'{minutes} min'
     return f'{minutes // 60} h {minutes % 60:02d} min' if minutes < 48 * 60 else f'{minutes // 1440} d {minutes % 1440 // 60} h'
 
-# %% ../nbs/40b_compare.ipynb #bc80e86e
+# %% ../nbs/40b_compare.ipynb #57b57148
 def top1_of(run:Run) -> float|None:
     "The final accuracy, else ReaL's, else the latest one measured, percent; None without any."
     latest = [row['eval_top1'] for row in run.epochs if row.get('eval_top1') is not None]
@@ -99,10 +99,11 @@ def top1_of(run:Run) -> float|None:
 def run_row(run:Run, name:str=None) -> dict:
     "A run in a line: state, what was asked, epoch, loss, top-1, speed and time left."
     c, last, speeds = run.config, run.epochs[-1] if run.epochs else {}, [e['images_per_second'] for e in run.events if 'images_per_second' in e]
-    weights, total = Path(str(c.get('weights') or '')), c.get('epochs')
+    weights, total, rounded = Path(str(c.get('weights') or '')), c.get('epochs'), lambda x, digits: None if x is None else round(x, digits)
     return {'run': name or run.path.name, 'state': run.state, 'notebook': run.notebook, 'dataset': Path(str(c.get('dataset', ''))).name, 'recipe': c.get('name', ''),
         'weights': weights.parent.name or weights.name, 'seed': c.get('seed', ''), 'epoch': f"{last.get('epoch', -1) + 1}/{total}" if total else '',
-        'loss': last.get('train_loss', run.result.get('loss')), 'top1': top1_of(run), 'images/s': speeds[-1] if speeds else None, 'left': in_words(seconds_left(run))}
+        'loss': rounded(last.get('train_loss', run.result.get('loss')), 4), 'top1': rounded(top1_of(run), 2), 'images/s': round(speeds[-1]) if speeds else None,
+        'left': in_words(seconds_left(run))}
 
 # %% ../nbs/40b_compare.ipynb #3c7a3faf
 def published_of(
@@ -116,7 +117,7 @@ def published_of(
             if name in names: found[f"{c.get('name') or 'recipe'} as published"] = number
     return found
 
-# %% ../nbs/40b_compare.ipynb #fb0a5a93
+# %% ../nbs/40b_compare.ipynb #5225f650
 def short_names(paths:list) -> list:
     "The paths without what they have in common; a single one by its last part."
     paths = [Path(p).resolve() for p in paths]
@@ -132,19 +133,21 @@ def compare_table(
     runs = [read_run(f) for f in folders]
     rows = [run_row(run, name) for run, name in zip(runs, short_names(folders))]
     rows += [dict(run=label, state='published', top1=number) for label, number in (published_of([r.config for r in runs]) if published is None else published).items()]
-    return pd.DataFrame(rows).set_index('run').dropna(axis=1, how='all').fillna('')
+    table = pd.DataFrame(rows, columns=['run', *dict.fromkeys(k for row in rows for k in row if k != 'run')]).set_index('run').astype(object)
+    table = table.where(table.notna(), '')
+    return table[[c for c in table if any(table[c] != '')]]
 
-# %% ../nbs/40b_compare.ipynb #4e5c321e
+# %% ../nbs/40b_compare.ipynb #38367c92
 PLACES = ('folder', 'restart', 'workers', 'processes', 'export', 'save_inputs', 'history', 'hold', 'recovery', 'pause',
     'wandb_mode', 'wandb_entity', 'wandb_project', 'wandb_group')      # say nothing about what is learned
 
 def differences(folders:list) -> pd.DataFrame: # a row a setting, a column a run
-    "The settings in which runs differ; a run without the setting has –."
+    "The settings that all runs have and in which they differ."
     configs = [read_run(f).config for f in folders]
-    keys = [k for k in dict.fromkeys(k for c in configs for k in c) if k not in PLACES]
-    differ = [k for k in keys if len({json.dumps(c.get(k, '–'), sort_keys=True) for c in configs}) > 1]
+    keys = [k for k in (configs[0] if configs else ()) if k not in PLACES and all(k in c for c in configs)]
+    differ = [k for k in keys if len({json.dumps(c[k], sort_keys=True) for c in configs}) > 1]
     shown = lambda value: f'{value:.6g}' if isinstance(value, float) else str(value)
-    return pd.DataFrame([[shown(c.get(k, '–')) for c in configs] for k in differ], index=pd.Index(differ, name='setting', dtype=str), columns=short_names(folders))
+    return pd.DataFrame([[shown(c[k]) for c in configs] for k in differ], index=pd.Index(differ, name='setting', dtype=str), columns=short_names(folders))
 
 # %% ../nbs/40b_compare.ipynb #406ce642
 def compare_figure(

@@ -76,7 +76,7 @@ def evaluate(
     model.train(training)
     return counter.result()
 
-# %% ../nbs/34_evaluate.ipynb #6bc26bf7
+# %% ../nbs/34_evaluate.ipynb #707335e0
 def show_confusion(
     e:Evaluation,
     classes:list=None,    # class names
@@ -86,10 +86,11 @@ def show_confusion(
     import matplotlib.pyplot as plt
     figure, ax = (ax.figure, ax) if ax else plt.subplots(figsize=(3.6, 3.6), layout='constrained')
     n = len(e.confusion)
-    ax.imshow(e.confusion / np.maximum(e.confusion.sum(1, keepdims=True), 1), cmap='Blues', vmin=0, vmax=1)
+    shares = e.confusion / np.maximum(e.confusion.sum(1, keepdims=True), 1)
+    ax.imshow(shares, cmap='Blues', vmin=0, vmax=1)
     if n <= 20:
         for i, j in zip(*np.nonzero(e.confusion)):
-            ax.text(j, i, e.confusion[i, j], ha='center', va='center', fontsize=7, color='white' if i == j else 'black')
+            ax.text(j, i, e.confusion[i, j], ha='center', va='center', fontsize=7, color='white' if shares[i, j] > .5 else 'black')
         ax.set_xticks(range(n), classes or range(n), rotation=90 if classes and max(map(len, classes)) > 2 else 0, fontsize=7)
         ax.set_yticks(range(n), classes or range(n), fontsize=7)
     ax.set(xlabel='answered', ylabel='true', title=f'{e.correct} of {e.images} right')
@@ -155,7 +156,7 @@ def per_class(
         'most often taken for': [names[t.argmax()] if t.sum() else '' for t in taken]})
     return table.sort_values('accuracy', kind='stable', na_position='last').set_index('class')
 
-# %% ../nbs/34_evaluate.ipynb #56e0eef2
+# %% ../nbs/34_evaluate.ipynb #194a1e89
 def show_mistakes(
     a:Answers,
     images,               # the data set that was asked about
@@ -170,7 +171,7 @@ def show_mistakes(
     figure, axes = plt.subplots(rows, columns, figsize=(1.1 * columns, 1.3 * rows), layout='constrained', squeeze=False)
     for ax in axes.flat: ax.set_axis_off()
     for i, ax in zip(chosen, axes.flat):
-        ax.imshow(images[int(i)][0], cmap='gray')
+        ax.imshow(images[int(i)][0], cmap='gray', vmin=0, vmax=255)
         ax.set_title(f'{names[a.labels[i]][:10]} → {names[a.best[i, 0]][:10]}', fontsize=8)
     if not len(wrong): figure.suptitle('no mistakes')
     return figure

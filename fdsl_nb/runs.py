@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'KNOBS', 'USAGE', 'parameter', 'WhatParameters', 'HowParameters', 'WhereParameters', 'PretrainParameters',
-           'FinetuneParameters', 'ExploreParameters', 'SourceParameters', 'BuildParameters', 'EvaluateParameters',
-           'BrowseParameters', 'check_parameters', 'injected', 'declared_values', 'executed_path', 'run_folder',
-           'where_it_runs', 'options_of', 'configuration', 'start_run', 'show_configuration', 'find_notebook',
-           'asked_for', 'planned_command', 'main']
+           'FinetuneParameters', 'ExploreParameters', 'SourceParameters', 'BuildParameters', 'ExaminedParameters',
+           'EvaluateParameters', 'BrowseParameters', 'ReproduceParameters', 'check_parameters', 'injected',
+           'declared_values', 'executed_path', 'run_folder', 'where_it_runs', 'options_of', 'configuration',
+           'start_run', 'show_configuration', 'find_notebook', 'asked_for', 'planned_command', 'main']
 
 # %% ../nbs/41_runs.ipynb #9c695ccf
 import ast, hashlib, json, os, sys
@@ -25,10 +25,10 @@ from .training import RUN, architecture_of
 from .validation import examination, open_examined
 from .compare import compare_command
 
-# %% ../nbs/41_runs.ipynb #286b4c65
-def parameter(default, help:str):
-    "A declared run parameter: its default and one line of help."
-    return field(default=default, metadata=dict(help=help))
+# %% ../nbs/41_runs.ipynb #5184a6b4
+def parameter(default, help:str, several:bool=False):
+    "A declared run parameter: its default and one line of help; with `several`, a list of words will do as well as one."
+    return field(default=default, metadata=dict(help=help, several=several))
 
 @dataclass(frozen=True)
 class WhatParameters:
@@ -132,10 +132,10 @@ class BuildParameters(SourceParameters):
     scheduler: str = parameter(None, 'dask, mpi or tcp://… where this machine is not enough')
     run: str = parameter(None, 'name of the run folder (None for the folder of the executed notebook)')
 
-# %% ../nbs/41_runs.ipynb #32a45328
+# %% ../nbs/41_runs.ipynb #0a147c45
 @dataclass(frozen=True)
-class EvaluateParameters:
-    "What `evaluate.ipynb` may be asked."
+class ExaminedParameters:
+    "Which weights are asked about which images, and how right is counted."
     weights: str = parameter(None, 'checkpoint to examine, of any known layout; or local-dir:FOLDER, hf-hub:OWNER/MODEL')
     dataset: str = parameter(None, 'digits, a formula, a folder or an archive (None for what the checkpoint was trained on)')
     data: str = parameter(None, 'where the images of cifar10, cifar100, imagenet or coyo lie')
@@ -143,7 +143,13 @@ class EvaluateParameters:
     labels: str = parameter('dataset', "dataset, or real for ImageNet-ReaL's sets, by file name")
     metric: str = parameter('exact', 'exact, or published to add the mean over batches with repeated images')
     ema: bool = parameter(False, 'the averaged weights instead')
+
+# %% ../nbs/41_runs.ipynb #d70ffa3d
+@dataclass(frozen=True)
+class EvaluateParameters(ExaminedParameters):
+    "What `evaluate.ipynb` may be asked."
     model: str = parameter(None, 'a timm model (None for what the checkpoint says)')
+    model_options: dict = parameter(None, "further arguments of timm's create_model, e.g. papermill -y 'model_options: {depth: 6}'")
     image_size: int = parameter(None, 'side of what the model sees, pixels')
     transform: dict = parameter(None, "how images are prepared where not as trained, e.g. papermill -y 'transform: {crop: 1.0}'")
     knobs: dict = parameter(None, 'of a formula, where not as trained')
@@ -162,11 +168,32 @@ class BrowseParameters:
     runs: str = parameter(None, 'names to compare, with commas between (None for the newest)')
     published: dict = parameter(None, "published top-1, percent, e.g. papermill -y 'published: {RCDB-1k: 97.0}'")
 
-# %% ../nbs/41_runs.ipynb #2ee95280
-NOTEBOOKS = dict(pretrain=PretrainParameters, finetune=FinetuneParameters, evaluate=EvaluateParameters, explore=ExploreParameters, build=BuildParameters,
-    browse=BrowseParameters)
+# %% ../nbs/41_runs.ipynb #31d73455
+@dataclass(frozen=True)
+class ReproduceParameters:
+    "What `reproduce.ipynb` may be asked."
+    recipe: str = parameter('rcdb1k_deit_tiny', 'published pre-training by name, several with commas between', several=True)
+    finetune_recipe: str = parameter(None, 'published fine-tuning by name (None for that of the same paper)')
+    finetune_data: str = parameter('digits', 'digits, cifar10, cifar100, imagenet, or a folder or archive with train/ and val/')
+    published_for: str = parameter(None, 'data set whose published numbers stand beside (None for the one called like finetune_data)')
+    budget: str = parameter('demo', 'demo for minutes on a CPU, paper for the recipes as published')
+    seed: int = parameter(0, 'the first one')
+    seeds: int = parameter(1, 'fine-tune with this many seeds')
+    every_seed: bool = parameter(False, 'pre-train anew for each of them, too')
+    scratch: bool = parameter(True, 'also from random weights, under the same fine-tuning')
+    online: bool = parameter(True, 'draw while training; False to write the images to disk first')
+    pretrain: dict = parameter(None, "further parameters of pretrain.ipynb, e.g. papermill -y 'pretrain: {epochs: 20}'")
+    finetune: dict = parameter(None, "further parameters of finetune.ipynb, e.g. papermill -y 'finetune: {lr: 0.0005}'")
+    processes: int = parameter(None, 'processes on this machine, in each step')
+    workers: int = parameter(None, 'worker processes that load or write images')
+    run: str = parameter(None, 'name of the folder of it all (None for the folder of the executed notebook)')
+    restart: bool = parameter(False, 'replace steps whose parameters changed, and what follows from them')
 
-# %% ../nbs/41_runs.ipynb #6bef4e3a
+# %% ../nbs/41_runs.ipynb #95dc7cca
+NOTEBOOKS = dict(pretrain=PretrainParameters, finetune=FinetuneParameters, evaluate=EvaluateParameters, explore=ExploreParameters, build=BuildParameters,
+    browse=BrowseParameters, reproduce=ReproduceParameters)
+
+# %% ../nbs/41_runs.ipynb #c70df8d6
 def check_parameters(
     notebook:str,         # pretrain or finetune
     given:dict,           # name → value
@@ -178,6 +205,7 @@ def check_parameters(
         if name not in declared: raise TypeError(f'{notebook}: {name}={value!r} is not a parameter' + did_you_mean(name, declared))
         f = declared[name]
         kinds = (float, int) if f.type is float else f.type
+        if f.metadata['several'] and isinstance(value, list) and all(isinstance(w, str) for w in value): continue
         if value is None and f.default is None or isinstance(value, kinds) and isinstance(value, bool) == (f.type is bool): continue
         raise TypeError(f'{notebook}: {name}={value!r} should be of type {f.type.__name__}, for example {_example(f)}; {f.metadata["help"]}')
     return given
