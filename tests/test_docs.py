@@ -73,13 +73,12 @@ def test_python_of_the_pages_compiles_and_imports(page):
             exec(line, {})
 
 
-def test_the_formula_of_the_how_to_is_short_draws_and_trains(tmp_path):
+def test_the_formula_of_the_how_to_is_short_draws_and_is_a_data_set(tmp_path):
     code = code_blocks(ROOT/'docs'/'own-formula.md')[0]
     assert len(code.splitlines()) <= 33, 'thirty lines, and three imports'
     (tmp_path/'julia.py').write_text(code)
     check = '''
 from fdsl_nb.formula import formula
-from fdsl_nb.runs import asked_for, check_parameters
 f = formula('julia:Julia')
 images = [f.render(c, k) for c in range(3) for k in range(2)]
 assert all(i.shape == (64, 64) and i.dtype == 'uint8' for i in images)
