@@ -38,8 +38,8 @@ def look(
         except (OSError, ValueError) as e: seen[path] = now, Run(path, 'damaged', dict(reason=str(e)))
     return seen
 
-# %% ../nbs/44_browser.ipynb #b9a52759
-COLUMNS = {'run': 13, 'state': 7, 'notebook': 6, 'dataset': 7, 'recipe': 9, 'epoch': 9, 'loss': 5, 'top1': 5, 'images/s': 6, 'left': 6}     # widths, em
+# %% ../nbs/44_browser.ipynb #bef09d08
+COLUMNS = {'run': 11, 'state': 6, 'notebook': 5, 'dataset': 6, 'recipe': 8, 'epoch': 9, 'loss': 4, 'top1': 4, 'images/s': 5, 'left': 5}     # widths, em
 COLOURS = dict(running='#1f77b4', done='#2ca02c', failed='#d62728', interrupted='#ff7f0e', paused='#9467bd', damaged='#7f7f7f')
 
 def _grid(cells):
@@ -106,10 +106,10 @@ class RunBrowser(LiveOrStill):
         self.look()
         self.tick([str(p.relative_to(self.root)) for p in list(self.seen)[:3]])
 
-# %% ../nbs/44_browser.ipynb #00ecc5c0
+# %% ../nbs/44_browser.ipynb #1a038cea
 @patch
 def _arrange(self:RunBrowser):
-    self.head = widgets.HTML(head_line(), layout=widgets.Layout(margin='0 0 0 2em'))
+    self.head = widgets.HTML(head_line(), layout=widgets.Layout(margin='0 0 0 2.4em'))
     self.pages = widgets.Tab([self.curves, self.differ, widgets.VBox([self.which, self.links, self.pictures])], titles=('Curves', 'Where they differ', 'Report'))
     self.widget = widgets.VBox([widgets.HBox([self.words, self.state, self.live, self.again, self.message]), self.table, self.pages])
 
@@ -229,14 +229,16 @@ def _repr_mimebundle_(self:RunBrowser, include=None, exclude=None):
     if someone_watches(): self.live.value = True
     return super(RunBrowser, self)._repr_mimebundle_(include, exclude)
 
-# %% ../nbs/44_browser.ipynb #06312f9d
+# %% ../nbs/44_browser.ipynb #b6a88a9b
 def browse(
-    root=None,            # a folder of runs; the machine's output root if None
+    root=None,            # a folder of runs; the machine's output root, here or above, if None
     published:dict=None,  # label → top-1 of a paper, percent; those of the runs' recipes if None
     runs:str=None,        # names to tick, with commas between; the newest three if None
 ) -> RunBrowser:
     "A live table of runs; `FileNotFoundError` if there is no such folder, `ValueError` for a name that is not there."
-    root = Path(machine_settings()['output_root'].value if root is None else root)
+    usual = machine_settings()['output_root'].value
+    # notebooks work in nbs/, and runs usually lie beside that
+    if root is None: root = next((d/usual for d in (Path.cwd(), *Path.cwd().parents) if (d/usual).is_dir()), usual)
     browser = RunBrowser(root, published=published)
     if runs is not None: browser.tick([name.strip() for name in runs.split(',')])
     return browser

@@ -236,5 +236,14 @@ def test_the_run_notebook_is_a_report(root, tmp_path):
 def test_the_output_root_is_the_default(root, monkeypatch):
     monkeypatch.setenv('FDSL_OUTPUT_ROOT', str(root))
     browser = browse()
-    assert browser.root == root and os.path.samefile(root, browser.root)
+    assert os.path.samefile(root, browser.root)
+    browser.close()
+
+
+def test_runs_beside_the_notebooks_are_found(root, monkeypatch):
+    (root/'nbs').mkdir()
+    monkeypatch.chdir(root/'nbs')
+    monkeypatch.setenv('FDSL_OUTPUT_ROOT', 'rcdb')
+    browser = browse()
+    assert len(browser.seen) == 2 and os.path.samefile(browser.root, root/'rcdb')
     browser.close()
