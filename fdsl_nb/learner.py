@@ -28,16 +28,16 @@ from .evaluate import Counter
 from .optimise import limit_gradient, make_average, make_optimizer, make_schedule
 from .plan import Recipe
 
-# %% ../nbs/35_learner.ipynb #eb5bf1b1
+# %% ../nbs/35_learner.ipynb #e1d680e4
 class ResumableLearner(Learner):
     "fastai's `Learner`; `fit` starts at `first_epoch`, `first_batch`, with `steps_done` optimizer steps behind it."
     first_epoch, first_batch, steps_done, best, metric, row, average, evaluation, paused = 0, 0, 0, None, None, {}, None, None, False
-    recipe, scaler, autocast, parts, sums_so_far = Recipe(), torch.amp.GradScaler('cpu', enabled=False), nullcontext, 1, None
+    recipe, scaler, autocast, share, sums_so_far = Recipe(), torch.amp.GradScaler('cpu', enabled=False), nullcontext, 1., None
     def _do_fit(self):
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
-    def _backward(self): self.scaler.scale(self.loss_grad / self.parts).backward()
+    def _backward(self): self.scaler.scale(self.loss_grad * self.share).backward()
     def _step(self):
         self.scaler.unscale_(self.opt.opt)
         limit_gradient(unwrap_model(self.model), self.recipe)
@@ -56,22 +56,23 @@ class FDSLLearner(ResumableLearner):
         self.loss = self.loss_grad.clone()
         self('after_loss')
 
-# %% ../nbs/35_learner.ipynb #a69679da
+# %% ../nbs/35_learner.ipynb #d488a28e
 @patch
 def _do_one_batch(self:FDSLLearner):
     if not self.training: return self._forward()
-    (x,), (y,), self.parts, losses = self.xb, self.yb, min(self.recipe.accumulate, len(self.xb[0])), []
-    for n, (xb, yb) in enumerate(zip(x.chunk(self.parts), y.chunk(self.parts))):
-        self.xb, self.yb = (xb,), (yb,)
-        with self.model.no_sync() if n < self.parts - 1 and world() > 1 else nullcontext():
+    (x,), (y,), loss = self.xb, self.yb, 0.
+    parts = list(zip(x.chunk(self.recipe.accumulate), y.chunk(self.recipe.accumulate)))
+    for n, (xb, yb) in enumerate(parts):
+        self.xb, self.yb, self.share = (xb,), (yb,), len(xb) / len(x)       # the last part may be smaller
+        with self.model.no_sync() if n < len(parts) - 1 and world() > 1 else nullcontext():
             self._forward()
             self._with_events(self._backward, 'backward', CancelBackwardException)
-        losses.append(self.loss.detach())
-    self.xb, self.yb, self.loss = (x,), (y,), torch.stack(losses).mean() if self.parts > 1 else self.loss
+        loss = loss + self.loss.detach() * self.share
+    self.xb, self.yb, self.loss = (x,), (y,), loss
     self._with_events(self._step, 'step', CancelStepException)
     self.opt.zero_grad()
 
-# %% ../nbs/35_learner.ipynb #66757f3e
+# %% ../nbs/35_learner.ipynb #cdd7f862
 class EveryStep(Callback):
     "Before each step: the learning rate, and torch's generators from (seed, step, process). Before each epoch: its order of images."
     order = -50
@@ -82,8 +83,7 @@ class EveryStep(Callback):
     def before_epoch(self):
         learn, batches = self.learn, self.learn.dls.train.batch_sampler
         batches.epoch, batches.first = learn.epoch, learn.first_batch if learn.epoch == learn.first_epoch else 0
-        if self.r.schedule != 'plateau' or not learn.epoch: self.schedule.step(learn.epoch)
-        elif not batches.first: self.schedule.step(learn.epoch, learn.metric)
+        if self.r.schedule != 'plateau' or not batches.first: self.schedule.step(learn.epoch, learn.metric)
     def before_batch(self):
         if not self.learn.training: return
         self.schedule.step_update(self.learn.steps_done)
@@ -138,14 +138,17 @@ class Loss:
         if train and self.kind != 'softmax': return self.other(logits, labels)
         return F.cross_entropy(logits, labels, label_smoothing=0. if labels.is_floating_point() or not train else self.smoothing)
 
-# %% ../nbs/35_learner.ipynb #6e368929
+# %% ../nbs/35_learner.ipynb #ff53c1c5
 class Averaging(Callback):
     "Moves the average after each step, and puts it in the model's place while measuring."
     order = -20
     def after_batch(self):
         if self.training and self.learn.average: self.learn.average.update(unwrap_model(self.learn.model), self.learn.steps_done)
-    def after_train(self):
-        if world() > 1: distribute_bn(unwrap_model(self.learn.model), world(), reduce=True)
+    def after_train(self): self.agree()
+    def agree(self):
+        if world() == 1: return
+        for model in (self.learn.model, self.learn.average):
+            if model: distribute_bn(unwrap_model(model), world(), reduce=True)
     def before_validate(self):
         if self.learn.average: self.trained, self.learn.model = self.learn.model, self.learn.average.module
     def after_validate(self):

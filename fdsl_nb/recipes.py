@@ -39,7 +39,7 @@ CVPR2023 = [
     replace(_cvpr2023, **_21k, name='visualatom21k_vit_base', model='vit_base_patch16_224', knobs=dict(classes=21_000), published=dict(imagenet1k=82.7)),
     replace(_cvpr2023, **_21k, name='visualatom21k_swin_base', model='swin_base_patch4_window7_224', knobs=dict(classes=21_000))]
 
-# %% ../nbs/32_recipes.ipynb #a9bd463b
+# %% ../nbs/32_recipes.ipynb #e759921b
 _ofdb = replace(_cvpr2022, paper='Nakamura et al., ICCV 2023', dataset='ofdb2d', model='vit_tiny_patch16_224', epochs=80_000, lr=5e-4, per_step=False, warmup_lr=5e-7, min_lr=5e-6,
     repeats=1, hflip=0.5, vflip=0.5, erasing=0.5, best_by='last', precision='bfloat16', cost='1k images × 80,000 epochs')
 _ofdb21k = dict(knobs=dict(classes=21_000), batch=1024, epochs=15_238, lr=5e-4, warmup_lr=2e-6, min_lr=2e-5, cost='21k images × 15,238 epochs')
@@ -51,7 +51,7 @@ OFDB = [
     replace(_ofdb, **_ofdb21k, name='ofdb3d21k_vit_tiny', dataset='ofdb3d'),
     replace(_ofdb, name='onepfrac1k_vit_tiny', dataset='onepfrac', paper='Nakamura et al., ECCV 2024', published=dict(cifar100=84.2, imagenet100=89.0)),
     replace(_cvpr2022, name='fractaldb1k_vit_tiny', paper='Nakashima et al., AAAI 2022', dataset='fractaldb', model='vit_tiny_patch16_224', batch=64, lr=3e-4 * 64 / 512,
-        warmup_epochs=10, repeats=1, best_by='last', precision='bfloat16',
+        per_step=False, warmup_epochs=10, warmup_lr=1e-6, repeats=1, best_by='last', precision='bfloat16',
         published=dict(cifar10=96.8, cifar100=81.6, cars=86.0, flowers=98.3, voc12=80.6, places30=78.4, imagenet100=88.3))]
 
 # %% ../nbs/32_recipes.ipynb #3d7416ad
@@ -64,18 +64,19 @@ COYO = [
 
 PRETRAIN = [*CVPR2022, *CVPR2023, *OFDB, *COYO]
 
-# %% ../nbs/32_recipes.ipynb #772d83d0
+# %% ../nbs/32_recipes.ipynb #163509dc
 _cvpr2023_fine = Recipe(name='finetune_cvpr2023', paper='Takashima et al., CVPR 2023', dataset='digits', optimizer='sgd', lr=0.01 * 768 / 512, weight_decay=1e-4, batch=96 * 8,
-    epochs=1000, warmup_epochs=10, warmup_lr=1e-6, precision='bfloat16', hflip=0.5, cost='1000 epochs')
+    epochs=1000, per_step=False, warmup_epochs=10, warmup_lr=1e-6 * 768 / 512, min_lr=1e-5 * 768 / 512, precision='bfloat16', hflip=0.5, cost='1000 epochs')
 
 FDSL_FINETUNE = [
     Recipe(name='finetune_cvpr2022', paper='Kataoka et al., CVPR 2022', dataset='digits', batch=64 * 16, epochs=300, repeats=3, hflip=0.5,
         best_by='top1', cost='300 epochs'),
     _cvpr2023_fine,
-    replace(_cvpr2023_fine, name='finetune_aaai2022', paper='Nakashima et al., AAAI 2022', batch=96, lr=0.01 * 96 / 512)]
+    replace(_cvpr2023_fine, name='finetune_aaai2022', paper='Nakashima et al., AAAI 2022', optimizer='momentum', batch=96, lr=0.01 * 96 / 512, warmup_lr=1e-6, min_lr=1e-5,
+        drop_path=0.0, erasing=0.0)]
 
-# %% ../nbs/32_recipes.ipynb #7d5ca9eb
-_vitpytorch = Recipe(paper='ViT-pytorch (Dosovitskiy et al. 2021)', optimizer='sgd', lr=0.03, weight_decay=0.0, batch=512, steps=10_000, eval_every=100, warmup_steps=500,
+# %% ../nbs/32_recipes.ipynb #8220a1be
+_vitpytorch = Recipe(paper='ViT-pytorch (Dosovitskiy et al. 2021)', optimizer='momentum', lr=0.03, weight_decay=0.0, batch=512, steps=10_000, eval_every=100, warmup_steps=500,
     schedule='vitpytorch_cosine', min_lr=0.0, clip=1.0, head='zero', resize='bilinear_corners', crop=1.0, crop_mode='squash', best_by='top1', hold_out=0.1, vit_dropout=0.1, **(_inception | dict(crop_kind='timm', ratio=(3/4, 4/3), hflip=0.0)))
 _sizes = dict(b16='vit_base_patch16_224', b32='vit_base_patch32_224', l16='vit_large_patch16_224', l32='vit_large_patch32_224', r50_b16='vit_base_r50_s16_224')
 _results = dict(b16=(99.08, 92.3), b32=(99.0, None), l32=(99.03, 92.76), r50_b16=(98.92, 92.31))
@@ -86,8 +87,8 @@ VITPYTORCH = [replace(_vitpytorch, name=f'vitpytorch_{data}_{size}', dataset=dat
     replace(_vitpytorch, name=f'vitpytorch_{data}_b16_{steps}', dataset=data, model=_sizes['b16'], steps=steps, warmup_steps=100, cost=f'{steps} steps of 512', published={data: top1})
     for data, steps, top1 in (('cifar10', 500, 98.59), ('cifar10', 1000, 98.78), ('cifar100', 500, 90.72), ('cifar100', 1000, 92.16))]
 
-# %% ../nbs/32_recipes.ipynb #ad8f5c87
-COYO_FINETUNE = [Recipe(name=f'coyo_imagenet_vit_large_{side}', paper='COYO-ViT, Kakao Brain 2022', dataset='imagenet', model='coyo_vit_large_patch16_224', resize='bilinear_corners', image_size=side, optimizer='sgd', lr=0.03,
+# %% ../nbs/32_recipes.ipynb #3bbb0c1f
+COYO_FINETUNE = [Recipe(name=f'coyo_imagenet_vit_large_{side}', paper='COYO-ViT, Kakao Brain 2022', dataset='imagenet', model='coyo_vit_large_patch16_224', resize='bilinear_corners', image_size=side, optimizer='momentum', lr=0.03,
         weight_decay=0.0, batch=512, steps=20_000, eval_every=2000, warmup_steps=500, schedule='coyo_cosine', min_lr=0.0, clip=1.0, crop=1.0, crop_mode='squash', ema=0.9999, ema_dynamic=True,
         precision='bfloat16', cost='20,000 steps of 512', published=dict(imagenet1k=top1), **_inception) for side, top1 in ((384, 86.72), (512, 87.24))]
 

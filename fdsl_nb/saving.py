@@ -28,7 +28,7 @@ def metric_of(
     loss = -row['train_loss']
     return dict(loss=loss, top1=row.get('eval_top1', loss), top1_test=row.get('eval_top1', loss)).get(best_by)
 
-# %% ../nbs/35a_saving.ipynb #2cfaf39b
+# %% ../nbs/35a_saving.ipynb #500c7bd0
 def write_state(
     learn:FDSLLearner,
     path:Path,
@@ -42,7 +42,7 @@ def write_state(
         ema=learn.average and learn.average.module, extra=dict(fdsl=_plain_schedule(state), amp_scaler=learn.scaler.state_dict()))
 
 def _plain_schedule(state):
-    "Without the schedule's functions of itself: a plateau keeps numbers and words, the others are functions of the step."
+    "Without the schedule's functions of itself."
     return state | dict(schedule={k: v for k, v in state['schedule'].items() if isinstance(v, (int, float, str, bool, list, type(None)))})
 
 # %% ../nbs/35a_saving.ipynb #3cb733ff
@@ -102,7 +102,7 @@ def keep(self:Records, better:bool):
     for name in names: same_file(last, self.folder.file(f'{name}.pth.tar'))
     for old in self.folder.path.glob('recovery-*.pth.tar'): old.unlink()
 
-# %% ../nbs/35a_saving.ipynb #17faafad
+# %% ../nbs/35a_saving.ipynb #50203886
 class Recovery(Callback):
     "Every `steps` steps within an epoch: `recovery-EPOCH-BATCH.pth.tar`, the previous one removed."
     order, run_valid = 50, False
@@ -112,6 +112,7 @@ class Recovery(Callback):
         done = batches.first + learn.iter + 1
         if learn.steps_done % self.steps or done == batches.steps: return
         sums = each(learn.sums.so_far.tolist())
+        learn.averaging.agree()     # one file holds the statistics of one process
         if rank(): return
         new = self.folder.file(f'recovery-{learn.epoch}-{done}.pth.tar')
         write_state(learn, new, self.settings, done, sums)

@@ -1,0 +1,139 @@
+"""Runs small enough for tests, looked at from inside: steps, images and labels as the network got them, and power cuts.
+
+A test of several processes forks its ranks from one process that has imported everything (`Ranks`), because importing takes longer than such a run.
+"""
+import json
+import multiprocessing
+import os
+import signal
+import socket
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+
+import psutil
+from fastai.callback.core import Callback
+
+from fdsl_nb import training
+from fdsl_nb.distributed import rank, total
+from fdsl_nb.settings import Resolved
+
+TINY = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2)
+STILL = dict(auto_augment='', color_jitter=0.0, erasing=0.0, scale=(1.0, 1.0), ratio=(1.0, 1.0), mixup=0.0, cutmix=0.0, smoothing=0.0, drop_path=0.0)   # no chance but the order
+DRAWN = dict(classes=4, instances=8, size=96, start_range=10, lines_max=20)      # 32 images of VisualAtom
+BASE = training.RUN | STILL | dict(dataset='visualatom', knobs=DRAWN, model='deit_tiny_patch16_224', model_options=TINY, image_size=32, batch=16, epochs=2, lr=1e-3, warmup_epochs=0,
+    best_by='last', export=False, wandb_mode='disabled')
+
+
+class Watch(Callback):
+    "Keeps what each step was given and what it gave; with `file`, a line a step there."
+    order, run_valid = 45, False    # after mixing, counting and averaging
+    def __init__(self, file=None): self.file, self.rates, self.losses, self.labels = file, [], [], []
+    def before_batch(self):
+        self.rates.append(self.learn.opt.opt.param_groups[0]['lr'])
+        self.labels.append(self.learn.yb[0])
+    def after_batch(self):
+        loss, n = self.learn.loss.detach(), len(self.learn.xb[0])
+        self.losses.append(float(loss))
+        if self.file is None: return
+        loss_sum, images = total(loss.new_tensor([float(loss) * n, n])).tolist()
+        if rank() == 0:
+            with open(self.file, 'a') as f: f.write(json.dumps(dict(step=self.learn.steps_done, loss=loss_sum / images)) + '\n')
+
+
+class Seen(Callback):
+    "Writes the label and a hash of every training image, as augmented and before mixing, to `seen-RANK.jsonl`."
+    order, run_valid = -60, False
+    def __init__(self, folder): self.folder = Path(folder)
+    def before_batch(self):
+        with open(self.folder/f'seen-{rank()}.jsonl', 'a') as f:
+            for x, y in zip(self.learn.xb[0], self.learn.yb[0]):
+                f.write(json.dumps([self.learn.epoch, int(y), sha256(x.numpy().tobytes()).hexdigest()]) + '\n')
+
+
+class PowerCut(Callback):
+    "Kills every process below `root` (its number; this one's parent if None), this one last, when step `step` reaches the event `when`."
+    order = 55      # after a recovery checkpoint of the same step
+    def __init__(self, step, when, root=None): self.step, self.when, self.root = step, when, root or os.getppid()
+    def cut(self, event):
+        if rank() or event != self.when or self.learn.steps_done != self.step: return
+        for p in psutil.Process(self.root).children(recursive=True):
+            if p.pid != os.getpid(): p.kill()
+        os.kill(os.getpid(), signal.SIGKILL)
+    def before_batch(self): self.cut('before_batch')
+    def after_backward(self): self.cut('after_backward')
+    def after_batch(self): self.cut('after_batch')
+    def before_validate(self): self.cut('before_validate')
+
+
+@contextmanager
+def watching(*callbacks):
+    "Inside the block `train` adds these callbacks to its own; yields a dict where it leaves the `learn`er."
+    made, built, left = training.make_callbacks, training.fdsl_learner, {}
+    def learner(*args, **more):
+        left['learn'] = built(*args, **more)
+        return left['learn']
+    training.make_callbacks, training.fdsl_learner = lambda config, folder: [*made(config, folder), *callbacks], learner
+    try: yield left
+    finally: training.make_callbacks, training.fdsl_learner = made, built
+
+
+def values(folder, **given):
+    "A configuration of `train`: `BASE` and what is given."
+    return BASE | dict(folder=str(folder)) | given
+
+
+def resolved(config): return {k: Resolved(v, 'test') for k, v in config.items()}
+
+
+def trained(folder, **given):
+    "Trains here, watched; returns (`learn`er, `Watch`, result)."
+    watch = Watch()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with watching(watch) as left: result = training.train(values(folder, **given))
+    return left['learn'], watch, result
+
+
+# Several processes
+
+CONTEXT = multiprocessing.get_context('forkserver')
+CONTEXT.set_forkserver_preload(['watched'])
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def _rank(number, processes, port, config, callbacks):
+    if processes > 1: os.environ |= dict(RANK=str(number), WORLD_SIZE=str(processes), LOCAL_RANK=str(number), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    folder = Path(config['folder'])
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder/f'printed-{number}.txt', 'a') as printed:
+        os.dup2(printed.fileno(), 1)
+        os.dup2(printed.fileno(), 2)
+    with watching(*[make(*args) for make, args in callbacks]): training.run_training(resolved(config))
+
+
+def start_ranks(config, processes, *callbacks):
+    "Starts the ranks as a cluster's launcher would, each calling `run_training`; callbacks are given as (class, arguments)."
+    port = free_port()
+    ranks = [CONTEXT.Process(target=_rank, args=(n, processes, port, config, callbacks)) for n in range(processes)]
+    for p in ranks: p.start()
+    return ranks
+
+
+def wait_ranks(ranks, seconds=120):
+    "Waits for all, and returns their exit codes."
+    for p in ranks: p.join(seconds)
+    for p in ranks:
+        if p.is_alive(): p.kill()
+    return [p.exitcode for p in ranks]
+
+
+def run_ranks(config, processes, *callbacks):
+    codes = wait_ranks(start_ranks(config, processes, *callbacks))
+    printed = ''.join(p.read_text()[-3000:] for p in Path(config['folder']).glob('printed-*.txt'))
+    assert codes == [0] * processes, printed
+    return config
