@@ -7,10 +7,11 @@ __all__ = ['FORMATS', 'PICTURES', 'SPLITS', 'LAYOUTS', 'encode', 'decode', 'tar_
            'check_choice', 'Stored', 'ArchiveDataset', 'Shuffle', 'Plan', 'published_file', 'read_manifest', 'plan_of',
            'BuiltDataset', 'ShardFiles', 'shard_paths', 'find_stored', 'open_stored']
 
-# %% ../nbs/20a_shards.ipynb #b75ed56f
+# %% ../nbs/20a_shards.ipynb #3457fa1c
 import hashlib, io, json, os, tarfile, warnings, zipfile, zlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 import numpy as np, torch, zstandard
 from PIL import Image
@@ -344,7 +345,7 @@ class ShardFiles(Stored):
     def name(self, i:int) -> str: return f'{Path(self._shard(i)).name}, byte {self.places[i, 0]}'
     def read(self, i:int) -> bytes: return read_at(self._shard(i), *map(int, self.places[i, :2]))
 
-# %% ../nbs/20a_shards.ipynb #19319931
+# %% ../nbs/20a_shards.ipynb #9a153bf6
 def shard_paths(
     pattern:str,          # e.g. 'a/SHARDS-{000000..000009}.tar', 'a/*.tar', or several with '::' between
 ) -> list:
@@ -363,7 +364,7 @@ def find_stored(
             if folder.is_dir() and (shards := sorted(folder.glob('*.tar'))): return ShardFiles, shards
         return None
     if path.is_file() and (zipfile.is_zipfile(path) or path.suffix == '.tar'): return ArchiveDataset, path
-    if text.startswith('pipe:') or '://' in text: raise ValueError(f'dataset={text!r} can only be read in order: use ShardStream, or copy it to a disk for training')
+    if text.startswith('pipe:') or '://' in text: return import_module('fdsl_nb.streams').StreamedShards, expand_urls(text)     # a later chapter
     return (ShardFiles, shard_paths(text)) if '.tar' in text and any(sign in text for sign in '{*') else None
 
 # %% ../nbs/20a_shards.ipynb #bcf2d296

@@ -69,14 +69,15 @@ def architecture_of(weights:str) -> dict:
     args = getattr(read_checkpoint(weights).get('args'), '__dict__', {})     # other programs keep a dict there, or nothing
     return {k: args[k] for k in ('model', 'model_options', 'image_size') if k in args} if 'model_options' in args else {}
 
-# %% ../nbs/36_training.ipynb #dcb3224d
+# %% ../nbs/36_training.ipynb #ccf4e7e2
 def make_loaders(config:dict, splits:dict):
     "(training loader, validation loader or empty) of this process."
     r, images = read_recipe(config), splits['train']
     batches = EpochBatches(len(images), r.batch, config['seed'], rank(), world(), r.repeats, r.epoch_images or None)
     choose = 'test' if r.best_by == 'top1_test' else 'val'
     valid = eval_loader(splits[choose], eval_transform(r), 256, rank(), world(), config['workers']) if choose in splits else ()
-    return train_loader(images, train_transform(r), batches, config['workers']), valid
+    load = getattr(images, 'train_loader', partial(train_loader, images))     # shards in a stream bring their own
+    return load(train_transform(r), batches, config['workers']), valid
 
 # %% ../nbs/36_training.ipynb #779879d2
 class WandbLog(Callback):

@@ -1,8 +1,10 @@
 """Data sets on disk: what is written, what is refused, what survives a kill, and that reading gives back every image once."""
 
-import errno, hashlib, json, os, random, signal, subprocess, sys, tarfile, time, zipfile
+import errno, hashlib, json, os, random, shutil, signal, subprocess, sys, tarfile, threading, time, zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import numpy as np
 import pytest
@@ -13,13 +15,19 @@ from torchvision.transforms.v2 import PILToTensor
 import webdataset
 from fdsl_nb import build as building
 from fdsl_nb.build import build, local_executor, make_plan, open_executor, parameter_table, read_lines
+from fdsl_nb.builds import run_build, start_build, verify_build
+from fdsl_nb.checkpoints import read_checkpoint
 from fdsl_nb.contours import RCDB, VisualAtom
 from fdsl_nb.datasets import EpochBatches, FormulaDataset, open_dataset, train_loader
+from fdsl_nb.folder import RunFolder
 from fdsl_nb.ifs import FractalDB, OFDB2D, OnePFrac
 from fdsl_nb.ifs3d import ExFractalDB, MVFractalDB, OFDB3D
 from fdsl_nb.parquet import export_parquet, features, part_file
+from fdsl_nb.runs import configuration
+from fdsl_nb.settings import Resolved
 from fdsl_nb.shards import BuiltDataset, Plan, Shuffle, decode, encode, published_file
 from fdsl_nb.streams import ShardStream, share, spans, stream_loader
+from fdsl_nb.training import run_training
 from fdsl_nb.verify import repair, verify
 
 SMALL = OnePFrac(classes=6, instances=20, size=48, points=3000)      # no two of its images are alike
@@ -361,7 +369,7 @@ def test_others_shards_by_pattern(shards, tmp_path):
         assert len(found) == 120 and Counter(found.label(i) for i in range(120)) == {c: 20 for c in range(6)}
     image, c = found[5]
     assert any((np.array(image) == SMALL.render(c, k)).all() for k in range(20))
-    with pytest.raises(ValueError, match='can only be read in order'): open_dataset('pipe:cat x.tar')
+    with pytest.raises(ValueError, match='pipe:cat x.tar cannot be read'): open_dataset('pipe:cat x.tar')
 
 @pytest.mark.filterwarnings('ignore:This DataLoader will create')
 @pytest.mark.parametrize('world, workers, batch, buffer', [(1, 0, 7, 0), (2, 2, 8, 10), (3, 2, 12, 200), (4, 3, 4, 3)])
@@ -413,6 +421,75 @@ def test_damaged_records_are_named_or_counted(shards, tmp_path, workers):
     assert sum(len(x) for x, _ in stream_loader(stream, workers)) == 120 and stream.skipped.item() == 1
     with pytest.raises(ValueError, match='is damaged'): list(stream_loader(ShardStream(copy, PILToTensor(), 8), workers))
     with pytest.raises(ValueError, match="on_error='warn' is not known"): BuiltDataset(copy, on_error='warn')
+
+
+@pytest.mark.filterwarnings('ignore:This DataLoader will create')
+@pytest.mark.parametrize('world, workers, repeats, images', [(1, 0, 3, None), (2, 2, 3, None), (2, 1, 1, 64), (1, 2, 2, 400), (2, 2, 3, 104)])
+def test_streams_repeat_and_cut_as_numbered_sets_do(shards, world, workers, repeats, images):
+    "Epochs are pieces of one sequence of walks: an image comes up again, anew augmented, only when all have come up."
+    numbers = {SMALL.render(*divmod(i, 20)).tobytes(): i for i in range(120)}
+    shown, epochs = Counter(), 5
+    for epoch in range(epochs):
+        streams = [ShardStream(shards, PILToTensor(), 8, seed=2, rank=r, world=world, buffer=7, repeats=repeats, images=images) for r in range(world)]
+        for stream in streams:
+            stream.epoch = epoch
+            own = [numbers[x[0].numpy().tobytes()] for xs, _ in stream_loader(stream, workers) for x in xs]
+            assert len(own) == len(stream) == (images or 120) // 8 * 8 // world
+            shown.update(own)
+        if not images: assert sum(shown.values()) == 120 * (epoch + 1) and all(n % 3 == 0 for n in shown.values())
+    if images: assert sum(shown.values()) == images * epochs and max(shown.values()) - min(shown.values()) <= repeats
+
+def test_a_stream_augments_as_a_numbered_set_does(shards):
+    "The same image, walk and repeat: the same view, wherever it was read from."
+    noise = lambda image: torch.rand(4)
+    stream, whole = ShardStream(shards, noise, 8, seed=2, repeats=3), FormulaDataset(SMALL)
+    views = {tuple(x.tolist()) for xs, _ in stream_loader(stream) for x in xs}
+    batches = EpochBatches(120, 8, seed=2, repeats=3, images=360)
+    assert views < {tuple(x.tolist()) for xs, _ in train_loader(whole, noise, batches) for x in xs} and len(views) == 120
+
+
+# Training on what was built
+
+TINY = Resolved(dict(patch_size=8, embed_dim=32, depth=1, num_heads=2), 'test')
+
+def trained(folder, **given):
+    "The weights after one epoch of the demo, and the result."
+    asked = dict(budget='demo', epochs=1, batch=16, warmup_epochs=0, wandb_mode='disabled', mixup=0.5, repeats=2) | given
+    result = run_training(configuration('pretrain', asked, RunFolder(folder)) | dict(model_options=TINY))
+    return read_checkpoint(folder/'last.pth.tar')['state_dict'], result
+
+@pytest.mark.parametrize('layout, format', [('shards', 'zstd'), pytest.param('plain', 'png', marks=pytest.mark.slow)])
+def test_pretraining_cannot_tell_a_build_from_its_formula(tmp_path, layout, format, monkeypatch):
+    "build, verify, pretrain by their parameters: bit for bit the weights of training online with the same seed."
+    monkeypatch.setenv('FDSL_WORKERS', '0')
+    form = dict(dataset='visualatom', split='train', out=None, budget='demo', classes=4, instances=20, size=None, seed=5, knobs=None, layout=layout, format=format,
+        shard_images=30, shard_bytes=None, workers=0, scheduler=None, run=str(tmp_path/'build'))
+    asked = start_build(form)
+    run_build(asked)
+    assert verify_build(asked).startswith('80 images')
+    weights, _ = trained(tmp_path/'stored', dataset=asked.job.out, seed=5)
+    online, _ = trained(tmp_path/'online', dataset='visualatom', classes=4, instances=20, seed=5)
+    assert [k for k in online if not torch.equal(online[k], weights[k])] == []
+
+@pytest.mark.parametrize('processes', [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_pretraining_from_a_pipe(shards, tmp_path, processes):
+    "As from any data set: counted once, then streamed; and again to the same bit."
+    name = f'pipe:cat {shards}/SHARDS-{{000000..000003}}.tar'
+    runs = [trained(tmp_path/str(n), dataset=name, processes=processes) for n in range(2)]
+    assert runs[0][1]['train_loss'] > 0 and runs[0][0]['head.weight'].shape[0] == 6
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][0].values(), runs[1][0].values(), strict=True))
+    assert len(list((tmp_path/'data'/'streams').iterdir())) == 4
+
+def test_shards_over_http(shards, tmp_path):
+    if shutil.which('curl') is None: pytest.skip('webdataset opens URLs by curl, which is not installed')
+    handler = partial(SimpleHTTPRequestHandler, directory=str(shards))
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        one = open_dataset(f'http://127.0.0.1:{server.server_port}/SHARDS-{{000000..000003}}.tar')
+        local = open_dataset(f'{shards}/SHARDS-{{000000..000003}}.tar')
+        assert [one.label(i) for i in range(120)] == [local.label(i) for i in range(120)] and rgb(one[77][0]).tobytes() == rgb(local[77][0]).tobytes()
+        assert sum(len(x) for x, _ in one.train_loader(PILToTensor(), EpochBatches(120, 8))) == 120
+        server.shutdown()
 
 
 # Parquet
