@@ -9,14 +9,14 @@ __all__ = ['OWN', 'Step', 'identity', 'passed_on', 'build_step', 'pretrain_steps
            'run_notebook', 'carry_out', 'run_experiment', 'results', 'as_markdown', 'experiment_table',
            'show_experiment']
 
-# %% ../nbs/45_experiments.ipynb #4afb750a
+# %% ../nbs/45_experiments.ipynb #e51ffdea
 import hashlib, json, subprocess, sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 import pandas as pd, yaml
 from .settings import Resolved, did_you_mean
 from .folder import RunFolder, read_summary, refuse_other_run, set_status, whole_file, write_config
-from .datasets import open_dataset
+from .datasets import is_formula, open_dataset
 from .plan import Recipe
 from .recipes import FINETUNE, PRETRAIN, recipe
 from .distributed import found_ranks
@@ -60,9 +60,10 @@ def passed_on(
     shared = {k: values[k] for k in ('processes', 'workers') if values.get(k) is not None}
     return dict(budget=values['budget']) | shared | check_parameters(stage, given)
 
-# %% ../nbs/45_experiments.ipynb #d449cf41
+# %% ../nbs/45_experiments.ipynb #ad3c7a2f
 def build_step(r:Recipe, values:dict) -> Step:
     "The step that writes a recipe's images to disk."
+    if not is_formula(r.dataset): raise ValueError(f'online=False: recipe={r.name!r} trains on {r.dataset!r}, which no formula draws; leave online at True')
     told = passed_on('pretrain', values)
     knobs = (r.knobs if values['budget'] == 'paper' else {}) | told.get('knobs', {})
     images = {k: told[k] for k in (*KNOBS, 'workers') if k in told} | (dict(knobs=knobs) if knobs else {})
@@ -139,7 +140,7 @@ def published_beside(values:dict) -> dict: # recipe → top-1, percent
     if values['published_for'] and asked not in known: raise ValueError(f'published_for={asked!r} is reported by no paper' + did_you_mean(asked, known))
     return {name: recipe(name).published[asked] for name in values['recipe'].split(',') if asked in recipe(name).published}
 
-# %% ../nbs/45_experiments.ipynb #e8e26581
+# %% ../nbs/45_experiments.ipynb #9c946a70
 @dataclass(frozen=True)
 class Experiment:
     "A plan, and the folder it is carried out in."
@@ -147,7 +148,9 @@ class Experiment:
     values: dict          # parameters of `reproduce.ipynb`
     steps: list
     def place(self, step:Step) -> Path: return self.folder.file(step.name)
-    def told(self, step:Step) -> dict: return step.parameters | {k: str(self.folder.file(place)) for k, place in step.takes.items()}
+    def told(self, step:Step) -> dict:
+        group = dict(wandb_group=self.folder.path.resolve().name) if step.notebook in ('pretrain', 'finetune') else {}
+        return group | step.parameters | {k: str(self.folder.file(place)) for k, place in step.takes.items()}
 
 def read_step(e:Experiment, step:Step) -> dict:
     "What `step.json` says; empty if there is none, `ValueError` if it is damaged."
@@ -233,25 +236,27 @@ def run_notebook(e:Experiment, step:Step):
         if child.poll() is None: child.terminate()
     if child.returncode: raise RuntimeError(f'{step.name}: {_cause(folder, log)}; the rest of the story is in {log} and in the notebook beside it')
 
-# %% ../nbs/45_experiments.ipynb #9c0b9754
+# %% ../nbs/45_experiments.ipynb #9cffb1a7
 def _cause(folder, log):
     status, said = RunFolder(folder).status, log.read_text().strip().split('\n')
     return status['reason'] if status.get('state') == 'failed' else said[-1]
 
 def carry_out(e:Experiment, step:Step, run=run_notebook):
     "Runs a step that is not done, and records that it is."
-    if state_of(e, step) == 'other': clear(RunFolder(e.place(step)))
+    state = state_of(e, step)
+    if state == 'other' or state == 'begun' and e.values['restart']: clear(RunFolder(e.place(step)))
     write_step(e, step, 'begun')
     run(e, step)
     write_step(e, step, 'done')
 
-# %% ../nbs/45_experiments.ipynb #3fbb50db
+# %% ../nbs/45_experiments.ipynb #3596047d
 def run_experiment(
     e:Experiment,
     run=run_notebook,     # what runs a step
 ) -> pd.DataFrame:        # of `results`
     "Carries out what is not done, in order; the first failure ends it, and what was finished stays."
-    write_config(e.folder, {k: Resolved(v, 'parameter') for k, v in (e.values | dict(stage='reproduce')).items()})
+    declared = {f.name: f.default for f in fields(NOTEBOOKS['reproduce'])}
+    write_config(e.folder, {k: Resolved(v, 'default' if v == declared[k] else 'parameter') for k, v in e.values.items()} | dict(stage=Resolved('reproduce', 'notebook')))
     try:
         set_status(e.folder, 'running')
         for number, step in enumerate(e.steps, 1):

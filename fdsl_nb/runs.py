@@ -9,7 +9,7 @@ __all__ = ['NOTEBOOKS', 'KNOBS', 'USAGE', 'parameter', 'WhatParameters', 'HowPar
            'declared_values', 'executed_path', 'run_folder', 'where_it_runs', 'options_of', 'configuration',
            'start_run', 'show_configuration', 'find_notebook', 'asked_for', 'planned_command', 'main']
 
-# %% ../nbs/41_runs.ipynb #9c695ccf
+# %% ../nbs/41_runs.ipynb #ec65d605
 import ast, hashlib, json, os, sys
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
@@ -21,6 +21,7 @@ from .datasets import open_dataset
 from .folder import RunFolder, set_status
 from .plan import Recipe
 from .recipes import resolve
+from .distributed import found_ranks
 from .training import RUN, architecture_of
 from .validation import examination, open_examined
 from .compare import compare_command
@@ -168,7 +169,7 @@ class BrowseParameters:
     runs: str = parameter(None, 'names to compare, with commas between (None for the newest)')
     published: dict = parameter(None, "published top-1, percent, e.g. papermill -y 'published: {RCDB-1k: 97.0}'")
 
-# %% ../nbs/41_runs.ipynb #31d73455
+# %% ../nbs/41_runs.ipynb #279b7d16
 @dataclass(frozen=True)
 class ReproduceParameters:
     "What `reproduce.ipynb` may be asked."
@@ -187,7 +188,7 @@ class ReproduceParameters:
     processes: int = parameter(None, 'processes on this machine, in each step')
     workers: int = parameter(None, 'worker processes that load or write images')
     run: str = parameter(None, 'name of the folder of it all (None for the folder of the executed notebook)')
-    restart: bool = parameter(False, 'replace steps whose parameters changed, and what follows from them')
+    restart: bool = parameter(False, 'replace steps that changed or were not finished, and what follows from them')
 
 # %% ../nbs/41_runs.ipynb #95dc7cca
 NOTEBOOKS = dict(pretrain=PretrainParameters, finetune=FinetuneParameters, evaluate=EvaluateParameters, explore=ExploreParameters, build=BuildParameters,
@@ -331,19 +332,21 @@ def asked_for(arguments:list) -> dict:
     given |= {k: _resolve_type(v) for k, v in options['parameters']}
     return given | dict(options['parameters_raw'])
 
-# %% ../nbs/41_runs.ipynb #920dc827
+# %% ../nbs/41_runs.ipynb #6ca0091d
 def planned_command(
     name:str,             # pretrain or finetune
     arguments:list,       # papermill's options
 ) -> list:                # of words
-    "The papermill command for a run, its parameters checked and its output folder made."
+    "The papermill command for a run, its parameters checked and its output folder made; each of a launcher's ranks has a notebook of its own there."
     given = check_parameters(name, asked_for(arguments))
     about = given.get('dataset', getattr(NOTEBOOKS[name], 'dataset', None))
     label = '-'.join([name, *[Path(str(about)).name] * bool(about), hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:6]])
     folder = Path(machine_settings()['output_root'].value)/given.get('run', label)
     folder.mkdir(parents=True, exist_ok=True)
+    ranks = found_ranks()
+    executed = f"{name}-rank{ranks['rank']}.ipynb" if ranks and ranks['rank'] else f'{name}.ipynb'
     shown = [] if {'--log-output', '--progress-bar'} & set(arguments) else ['--log-output', '--no-progress-bar']
-    return [sys.executable, '-m', 'papermill', str(find_notebook(name)), str(folder/f'{name}.ipynb'), *arguments, *shown]
+    return [sys.executable, '-m', 'papermill', str(find_notebook(name)), str(folder/executed), *arguments, *shown]
 
 # %% ../nbs/41_runs.ipynb #5c956e69
 USAGE = f"""usage: fdsl run {{{','.join(NOTEBOOKS)}}} [papermill's options, e.g. -p dataset rcdb]

@@ -107,7 +107,7 @@ def test_a_notebook_that_cannot_start_says_so(tmp_path, monkeypatch):
     (tmp_path/'broken.ipynb').write_text('{')
     monkeypatch.setattr(experiments, 'find_notebook', lambda name: tmp_path/'broken.ipynb')
     e = planned(TWO, RunFolder(tmp_path/'run'))
-    with pytest.raises(RuntimeError, match='rcdb1k_deit_tiny/pretrain-0: .*papermill.log'): carry_out(e, e.steps[0], run_notebook)
+    with pytest.raises(RuntimeError, match=r'pretrain-0: \S*(Error|NotJSON).*; the rest of the story is in .*papermill.log'): carry_out(e, e.steps[0], run_notebook)
 
 
 def test_what_was_done_stays_done_when_recipes_and_seeds_are_added(tmp_path):
@@ -137,6 +137,17 @@ def test_only_what_follows_from_a_change_is_done_again(tmp_path):
     assert ran == []
 
 
+@pytest.mark.parametrize('restart', (False, True))
+def test_a_step_begun_goes_on_unless_it_is_to_be_replaced(restart, tmp_path):
+    e = planned(FORM, RunFolder(tmp_path))
+    def breaks(e, s): e.place(s).joinpath('last.pth.tar').touch(); raise RuntimeError('no disk')
+    with pytest.raises(RuntimeError, match='no disk'): run_experiment(e, breaks)
+    found = []
+    def run(e, s): found.append((e.place(s)/'last.pth.tar').exists()); pretend(e, s)
+    run_experiment(planned(FORM | dict(restart=restart), RunFolder(tmp_path)), run)
+    assert found[0] != restart
+
+
 def test_processes_and_workers_do_not_make_another_experiment(tmp_path):
     run_experiment(planned(TWO, RunFolder(tmp_path)), pretend)
     more = planned(TWO | dict(processes=2, workers=3, finetune=dict(wandb_group='all')), RunFolder(tmp_path))
@@ -147,12 +158,20 @@ def test_processes_and_workers_do_not_make_another_experiment(tmp_path):
 @pytest.mark.parametrize('name', [r.name for r in PRETRAIN])
 def test_every_recipe_has_a_plan(name, budget, tmp_path):
     for more in (dict(), dict(online=False), dict(every_seed=True, seeds=2), dict(finetune_recipe=FINETUNE[-1].name)):
-        if name.startswith('coyo') and 'online' in more: continue      # photographs, which no formula draws
+        if name.startswith('coyo') and 'online' in more: continue      # photographs
         e = planned(FORM | dict(recipe=name, budget=budget) | more, RunFolder(tmp_path))
         assert len({s.name for s in e.steps}) == len(e.steps) == len({identity(s, e.steps) for s in e.steps})
         for n, step in enumerate(e.steps):
             assert all(other in e.steps[:n] for other in e.steps if step.follows(other))
             assert bool(step.takes) == any(step.follows(other) for other in e.steps)
+
+
+def test_recipes_that_differ_in_network_or_fine_tuning_have_scratch_rows_of_their_own(tmp_path):
+    def scratch(**given): return {s.start: s.parameters['recipe'] for s in planned(TWO | given, RunFolder(tmp_path)).steps if s.notebook == 'finetune' and not s.takes}
+    assert scratch() == {'scratch': 'finetune_cvpr2022'}
+    assert scratch(finetune_recipe=None) == {'scratch': 'finetune_cvpr2022', 'scratch-2': 'finetune_cvpr2023'}
+    assert list(scratch(recipe='rcdb1k_deit_tiny,rcdb1k_deit_small', budget='paper')) == ['scratch', 'scratch-2']
+    assert scratch(scratch=False) == {}
 
 
 def test_every_seed_has_a_pretraining_of_its_own(tmp_path):
@@ -170,6 +189,7 @@ def test_every_seed_has_a_pretraining_of_its_own(tmp_path):
     (dict(finetune=dict(weights='x')), 'the experiment decides this'),
     (dict(budget='large'), "budget='large' is not known"),
     (dict(recipe=3), "recipe=3 should be of type str"),
+    (dict(recipe='coyo300m_vit_large', online=False), 'which no formula draws'),
     (dict(seeds=0), 'at least one is needed')))
 def test_slips_stop_it_before_anything_runs(slip, words, tmp_path):
     with pytest.raises((ValueError, TypeError), match=words.replace('(', r'\(')): start_experiment(TWO | slip | dict(run=str(tmp_path/'slip')))
