@@ -17,7 +17,7 @@ from fdsl_nb.evaluate import Answers, Counter, best_classes, per_class, publishe
 from fdsl_nb.folder import RunFolder, read_config
 from fdsl_nb.models import create_model
 from fdsl_nb.report import show_classes, show_result
-from fdsl_nb.runs import configuration
+from fdsl_nb.runs import configuration, start_run
 from fdsl_nb.settings import Resolved
 from fdsl_nb.training import run_training
 from fdsl_nb.validation import read_answers, run_validation
@@ -83,11 +83,11 @@ def test_the_published_number_by_hand():
 
 
 def test_equal_outputs_go_to_the_lowest_class():
-    logits = torch.zeros(3, 7, dtype=torch.bfloat16)
-    logits[1, 4:] = 1
-    assert best_classes(logits).tolist() == [[0, 1, 2, 3, 4], [4, 5, 6, 0, 1], [0, 1, 2, 3, 4]]
-    counter = Counter(7)
-    counter.add(logits, torch.tensor([0, 4, 5]))
+    logits = torch.zeros(3, 100, dtype=torch.bfloat16)
+    logits[1, 97:] = 1
+    assert best_classes(logits).tolist() == [[0, 1, 2, 3, 4], [97, 98, 99, 0, 1], [0, 1, 2, 3, 4]]
+    counter = Counter(100)
+    counter.add(logits, torch.tensor([0, 97, 5]))
     assert counter.result().correct == 2 and counter.result().within_five == 2
 
 
@@ -400,11 +400,18 @@ def test_the_run_notebook(weights, examined, tmp_path):
     assert config['metric'] == dict(value='published', source='parameter') and config['model']['source'] == 'checkpoint'
 
 
-@pytest.mark.parametrize('given, words', [(dict(weigths='x'), "did you mean 'weights'"), (dict(metric='publised'), "did you mean 'published'"), ({}, 'weights=None: name the checkpoint')])
-def test_slips_stop_the_run_notebook(given, words, weights, tmp_path):
-    done = papermill(tmp_path, **(dict(weights=weights) if 'metric' in given else {}) | given)
-    assert done.returncode == 1 and words in done.stderr
-    assert RunFolder(tmp_path).state == 'failed' and words in RunFolder(tmp_path).status['reason']
+def test_a_slip_stops_the_run_notebook(tmp_path):
+    done = papermill(tmp_path, weigths='x')
+    assert done.returncode == 1 and "did you mean 'weights'" in done.stderr
+    assert RunFolder(tmp_path).state == 'failed' and "did you mean 'weights'" in RunFolder(tmp_path).status['reason']
+
+
+@pytest.mark.parametrize('given, words', [(dict(metric='publised'), "did you mean 'published'"), (dict(weights=None), 'weights=None: name the checkpoint'),
+    (dict(split='val', dataset='rcdb'), "no split 'val'"), (dict(batch=1.5), 'batch=1.5 should be of type int')])
+def test_slips_are_recorded_before_anything_is_asked(given, words, weights, tmp_path):
+    with pytest.raises((ValueError, TypeError), match=words):
+        start_run('evaluate', dict(weights=weights, run=str(tmp_path)) | given)
+    assert words in RunFolder(tmp_path).status['reason'] and not (tmp_path/'config.json').exists()
 
 
 def test_the_command_compares(trained, examined, tmp_path):
