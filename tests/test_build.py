@@ -424,11 +424,11 @@ def test_damaged_records_are_named_or_counted(shards, tmp_path, workers):
 
 
 @pytest.mark.filterwarnings('ignore:This DataLoader will create')
-@pytest.mark.parametrize('world, workers, repeats, images', [(1, 0, 3, None), (2, 2, 3, None), (2, 1, 1, 64), (1, 2, 2, 400), (2, 2, 3, 104)])
+@pytest.mark.parametrize('world, workers, repeats, images', [(1, 0, 3, None), (2, 2, 3, None), (1, 0, 1, 64), (1, 0, 2, 400), (2, 0, 3, 104)])
 def test_streams_repeat_and_cut_as_numbered_sets_do(shards, world, workers, repeats, images):
     "Epochs are pieces of one sequence of walks: an image comes up again, anew augmented, only when all have come up."
     numbers = {SMALL.render(*divmod(i, 20)).tobytes(): i for i in range(120)}
-    shown, epochs = Counter(), 5
+    shown, epochs = Counter(), 3 if workers else 5
     for epoch in range(epochs):
         streams = [ShardStream(shards, PILToTensor(), 8, seed=2, rank=r, world=world, buffer=7, repeats=repeats, images=images) for r in range(world)]
         for stream in streams:

@@ -26,14 +26,27 @@ def differing(one, other):
 
 # OpenMPI
 
-def mpirun(processes, *command, timeout=120, **more):
-    "Runs a command under OpenMPI, the package's or the machine's."
-    beside = Path(sys.executable).with_name('mpirun')
-    program = str(beside) if beside.exists() else shutil.which('mpirun')
-    if program is None: pytest.skip('mpirun is not installed; the extra dev brings it, as the package openmpi')
-    as_root = dict(OMPI_ALLOW_RUN_AS_ROOT='1', OMPI_ALLOW_RUN_AS_ROOT_CONFIRM='1')      # a container's user
-    return subprocess.run([program, '--oversubscribe', '-np', str(processes), *map(str, command)], check=False, capture_output=True, text=True, timeout=timeout,
-        env={**os.environ, **QUIET, **as_root, **more})
+CLUSTER = Path(__file__).parent.parent/'docs'/'cluster'
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return str(s.getsockname()[1])
+
+def under_mpi(command, timeout=300, **more):
+    "Runs a command that calls mpirun: that of the environment, or the machine's."
+    beside = str(Path(sys.executable).parent)
+    path = f'{beside}{os.pathsep}{os.environ["PATH"]}'
+    if shutil.which('mpirun', path=path) is None: pytest.skip('mpirun is not installed; the extra dev brings it, as the package openmpi')
+    as_root = {'OMPI_ALLOW_RUN_AS_ROOT': '1', 'OMPI_ALLOW_RUN_AS_ROOT_CONFIRM': '1'}        # a container's user
+    return subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True, timeout=timeout,
+        env={**os.environ, **QUIET, **as_root, 'PATH': path, 'MASTER_PORT': free_port(), **more})
+
+def mpirun(processes, *command, **more): return under_mpi(['mpirun', '--oversubscribe', '--bind-to', 'none', '-np', processes, *command], **more)
+
+def host_file(folder, slots):
+    (folder/'hosts.txt').write_text(f'# this machine\nlocalhost slots={slots}\n')
+    return folder/'hosts.txt'
 
 SCRIPT = '''
 import sys
@@ -54,15 +67,15 @@ def test_mpi_writes_the_same_bytes(tmp_path, through):
 
 @pytest.mark.slow
 def test_build_notebook_under_mpirun(tmp_path):
-    "Process 0 builds, the others work for it; a slip ends all with its reason, and one process alone is told what to type."
+    "Process 0 builds, the others work for it; a slip ends all with its reason; processes without a purpose are refused."
     pytest.importorskip('mpi4py', reason='the extra mpi is not installed')
-    def run(name, layout='shards'):
-        (tmp_path/name).mkdir()
-        words = f'-p dataset visualatom -p classes 6 -p instances 20 -p shard_images 30 -p scheduler mpi -p layout {layout} --no-progress-bar'
-        return mpirun(3, 'bash', '-c', f'{sys.executable} -m papermill {NBS}/build.ipynb {tmp_path/name}/rank$OMPI_COMM_WORLD_RANK.ipynb {words}', timeout=300)
-    assert run('good').returncode == 0 and RunFolder(tmp_path/'good').state == 'done' and verify(tmp_path/'good'/'data') == []
-    assert sorted(p.name for p in (tmp_path/'good').glob('rank*')) == ['rank0.ipynb', 'rank1.ipynb', 'rank2.ipynb']
-    assert run('slip', 'shard').returncode != 0 and "did you mean 'shards'" in RunFolder(tmp_path/'slip').status['reason']
+    words = '-p dataset visualatom -p classes 6 -p instances 20 -p shard_images 30'.split()
+    def run(name, *more, script='openmpi-build.sh'): return under_mpi([CLUSTER/script, host_file(tmp_path, 3), *words, *more, '-p', 'run', tmp_path/name])
+    assert run('good', '-p', 'layout', 'shards').returncode == 0 and RunFolder(tmp_path/'good').state == 'done' and verify(tmp_path/'good'/'data') == []
+    assert sorted(p.name for p in (tmp_path/'good').glob('*.ipynb')) == ['build-rank1.ipynb', 'build-rank2.ipynb', 'build.ipynb']
+    assert run('slip', '-p', 'layout', 'shard').returncode != 0 and "did you mean 'shards'" in RunFolder(tmp_path/'slip').status['reason']
+    words.insert(0, 'build')
+    assert run('crowd', script='openmpi.sh').returncode != 0 and 'OpenMPI started 3 processes, and scheduler=None' in RunFolder(tmp_path/'crowd').status['reason']
 
 def test_mpi_for_one_process_is_explained():
     "Otherwise mpi4py tries to start processes by itself, and waits for ever where that fails."
@@ -73,20 +86,28 @@ def test_mpi_for_one_process_is_explained():
 
 SMALL = dict(dataset='rcdb', classes=4, instances=40, batch=16, epochs=1, warmup_epochs=0, mixup=0.5, drop_path=0.1)
 
-def pretrain(folder, launcher=lambda command: subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, **QUIET}), name='pretrain', **parameters):
-    "The notebook as a user starts it; `launcher` runs the words of a command."
-    folder.mkdir(exist_ok=True)
-    words = ' '.join(f'-p {k} {v}' for k, v in parameters.items())
-    return launcher(['bash', '-c', f'{sys.executable} -m papermill {NBS}/pretrain.ipynb {folder}/{name}.ipynb --no-progress-bar --log-output {words}'])
+def words(folder, **parameters): return [w for k, v in dict(parameters, run=folder).items() for w in ('-p', k, str(v))]
+
+def local_run(folder, **parameters):
+    return subprocess.run([Path(sys.executable).with_name('fdsl'), 'run', 'pretrain', *words(folder, **parameters)], check=True, capture_output=True, env={**os.environ, **QUIET})
 
 def test_mpirun_trains_as_local_processes_do(tmp_path):
-    done = pretrain(tmp_path/'mpi', lambda command: mpirun(2, *command, timeout=300), 'rank$OMPI_COMM_WORLD_RANK', **SMALL)
+    "By the script of the documentation: one run folder, a notebook a rank, and the weights of two local processes."
+    done = under_mpi([CLUSTER/'openmpi.sh', host_file(tmp_path, 2), 'pretrain', *words(tmp_path/'mpi', **SMALL)])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert RunFolder(tmp_path/'mpi').state == 'done' and {'rank0.ipynb', 'rank1.ipynb', 'summary.csv'} <= {p.name for p in (tmp_path/'mpi').iterdir()}
+    assert RunFolder(tmp_path/'mpi').state == 'done' and {'pretrain.ipynb', 'pretrain-rank1.ipynb', 'summary.csv'} <= {p.name for p in (tmp_path/'mpi').iterdir()}
     assert [json.loads(line)['processes'] for line in (tmp_path/'mpi'/'log.jsonl').read_text().splitlines() if 'processes' in line] == [2]
-    assert pretrain(tmp_path/'local', **SMALL, processes=2).returncode == 0
+    local_run(tmp_path/'local', **SMALL, processes=2)
     assert differing(tmp_path/'mpi', tmp_path/'local') == []
     assert (tmp_path/'mpi'/'summary.csv').read_text() == (tmp_path/'local'/'summary.csv').read_text()
+
+def test_papermill_under_mpirun(tmp_path):
+    "As the published programs are started, with papermill itself; a short run of two processes."
+    (tmp_path/'run').mkdir()
+    notebook = f'{sys.executable} -m papermill {NBS}/pretrain.ipynb {tmp_path}/run/rank$OMPI_COMM_WORLD_RANK.ipynb --no-progress-bar'
+    done = mpirun(2, 'bash', '-c', ' '.join([notebook, *(f'-p {k} {v}' for k, v in SMALL.items())]), MASTER_ADDR=socket.gethostname())
+    assert done.returncode == 0, done.stderr
+    assert RunFolder(tmp_path/'run').state == 'done' and {'rank0.ipynb', 'rank1.ipynb'} <= {p.name for p in (tmp_path/'run').iterdir()}
 
 FAULTY = '''
 import os, time
@@ -107,12 +128,35 @@ class Faulty(Formula):
 def test_a_failing_rank_ends_all_and_says_why(tmp_path):
     (tmp_path/'faulty_squares.py').write_text(FAULTY)
     given = SMALL | dict(dataset='faulty_squares:Faulty', size=32)
-    done = pretrain(tmp_path/'run', lambda command: mpirun(2, *command, timeout=300, PYTHONPATH=str(tmp_path)), 'rank$OMPI_COMM_WORLD_RANK', **given)
+    done = under_mpi([CLUSTER/'openmpi.sh', host_file(tmp_path, 2), 'pretrain', *words(tmp_path/'run', **given)], PYTHONPATH=str(tmp_path))
     ended = time.time()
     assert done.returncode != 0
     failed = float(next(line for line in (done.stdout + done.stderr).splitlines() if 'failed at' in line).split()[-1])
     assert ended - failed < 10
     assert RunFolder(tmp_path/'run').state == 'failed' and RunFolder(tmp_path/'run').status['reason'] == 'process 1 of 2: OSError: the disk of process 1 is gone'
+
+
+# SLURM, acted
+
+SRUN = '''#!/bin/bash
+while [[ $1 == --* ]]; do echo "srun $1"; shift; done
+for n in 0 1; do SLURM_PROCID=$n SLURM_NTASKS=2 SLURM_LOCALID=$n SLURM_NNODES=1 "$@" & ids+=($!); done
+for id in "${ids[@]}"; do wait $id || exit 1; done
+'''
+
+@pytest.mark.slow
+def test_the_slurm_script_trains(tmp_path):
+    "With actors for srun and scontrol: two tasks, which meet where scontrol says."
+    (tmp_path/'bin').mkdir()
+    for name, text in (('srun', SRUN), ('scontrol', '#!/bin/bash\n[ "$*" == "show hostnames node[1-2]" ] && printf "localhost\\nnode2\\n"\n')):
+        (tmp_path/'bin'/name).write_text(text)
+        (tmp_path/'bin'/name).chmod(0o755)
+    path = os.pathsep.join([str(tmp_path/'bin'), str(Path(sys.executable).parent), os.environ['PATH']])
+    job = {'SLURM_JOB_NODELIST': 'node[1-2]', 'SLURM_JOB_ID': '4711', 'SLURM_CPUS_PER_TASK': '1', 'MASTER_PORT': free_port(), 'PATH': path}
+    done = subprocess.run([CLUSTER/'slurm.sh', 'pretrain', *words(tmp_path/'run', **SMALL)], check=False, capture_output=True, text=True, env={**os.environ, **QUIET, **job}, timeout=300)
+    assert done.returncode == 0 and 'srun --kill-on-bad-exit=1' in done.stdout, done.stdout + done.stderr
+    local_run(tmp_path/'local', **SMALL, processes=2)
+    assert differing(tmp_path/'run', tmp_path/'local') == []
 
 
 # Two hosts
