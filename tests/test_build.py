@@ -454,7 +454,7 @@ TINY = Resolved(dict(patch_size=8, embed_dim=32, depth=1, num_heads=2), 'test')
 
 def trained(folder, **given):
     "The weights after one epoch of the demo, and the result."
-    asked = dict(budget='demo', epochs=1, batch=16, warmup_epochs=0, wandb_mode='disabled', mixup=0.5, repeats=2) | given
+    asked = dict(budget='demo', epochs=1, batch=16, warmup_epochs=0, wandb_mode='disabled', mixup=0.5, repeats=2, epoch_images=160) | given
     result = run_training(configuration('pretrain', asked, RunFolder(folder)) | dict(model_options=TINY))
     return read_checkpoint(folder/'last.pth.tar')['state_dict'], result
 

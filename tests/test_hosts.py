@@ -23,6 +23,24 @@ def differing(one, other):
     one, other = (read_checkpoint(f/'last.pth.tar')['state_dict'] for f in (one, other))
     return [k for k in one.keys() | other.keys() if not torch.equal(one[k], other[k])]
 
+SMALL = dict(dataset='rcdb', classes=4, instances=40, epoch_images=160, batch=16, epochs=1, warmup_epochs=0, mixup=0.5, drop_path=0.1)
+
+RANK = '''
+import json, sys
+from fdsl_nb.folder import RunFolder
+from fdsl_nb.runs import configuration
+from fdsl_nb.training import run_training
+run_training(configuration('pretrain', dict(json.loads(sys.argv[2]), wandb_mode='disabled'), RunFolder(sys.argv[1])))
+'''
+
+@pytest.fixture(scope='module')
+def local(tmp_path_factory):
+    "Trained by two processes of this machine: what all launchers must equal."
+    folder = tmp_path_factory.mktemp('local')
+    (folder/'rank.py').write_text(RANK)
+    subprocess.run([sys.executable, folder/'rank.py', folder/'run', json.dumps(SMALL | dict(processes=2))], check=True, env={**os.environ, **QUIET}, capture_output=True)
+    return folder
+
 
 # OpenMPI
 
@@ -56,7 +74,7 @@ if __name__ == '__main__':
     with open_executor('mpi') as executor: build(VisualAtom(classes=3, instances=40, size=96), sys.argv[1], workers=0, executor=executor, layout='shards', shard_images=50)
 '''
 
-@pytest.mark.parametrize('through', [(), ('-m', 'mpi4py.futures')], ids=['all processes run the script', 'mpi4py runs it'])
+@pytest.mark.parametrize('through', [(), pytest.param(('-m', 'mpi4py.futures'), marks=pytest.mark.slow)], ids=['all processes run the script', 'mpi4py runs it'])
 def test_mpi_writes_the_same_bytes(tmp_path, through):
     pytest.importorskip('mpi4py', reason='the extra mpi is not installed')
     (tmp_path/'script.py').write_text(SCRIPT)
@@ -84,23 +102,18 @@ def test_mpi_for_one_process_is_explained():
     done = subprocess.run([sys.executable, '-c', code], check=False, capture_output=True, text=True, timeout=60)
     assert 'start it and its workers with mpirun -np N' in done.stderr or 'finds no MPI on this machine' in done.stderr
 
-SMALL = dict(dataset='rcdb', classes=4, instances=40, batch=16, epochs=1, warmup_epochs=0, mixup=0.5, drop_path=0.1)
-
 def words(folder, **parameters): return [w for k, v in dict(parameters, run=folder).items() for w in ('-p', k, str(v))]
 
-def local_run(folder, **parameters):
-    return subprocess.run([Path(sys.executable).with_name('fdsl'), 'run', 'pretrain', *words(folder, **parameters)], check=True, capture_output=True, env={**os.environ, **QUIET})
-
-def test_mpirun_trains_as_local_processes_do(tmp_path):
+def test_mpirun_trains_as_local_processes_do(local, tmp_path):
     "By the script of the documentation: one run folder, a notebook a rank, and the weights of two local processes."
     done = under_mpi([CLUSTER/'openmpi.sh', host_file(tmp_path, 2), 'pretrain', *words(tmp_path/'mpi', **SMALL)])
     assert done.returncode == 0, done.stdout + done.stderr
     assert RunFolder(tmp_path/'mpi').state == 'done' and {'pretrain.ipynb', 'pretrain-rank1.ipynb', 'summary.csv'} <= {p.name for p in (tmp_path/'mpi').iterdir()}
     assert [json.loads(line)['processes'] for line in (tmp_path/'mpi'/'log.jsonl').read_text().splitlines() if 'processes' in line] == [2]
-    local_run(tmp_path/'local', **SMALL, processes=2)
-    assert differing(tmp_path/'mpi', tmp_path/'local') == []
-    assert (tmp_path/'mpi'/'summary.csv').read_text() == (tmp_path/'local'/'summary.csv').read_text()
+    assert differing(tmp_path/'mpi', local/'run') == []
+    assert (tmp_path/'mpi'/'summary.csv').read_text() == (local/'run'/'summary.csv').read_text()
 
+@pytest.mark.slow
 def test_papermill_under_mpirun(tmp_path):
     "As the published programs are started, with papermill itself; a short run of two processes."
     (tmp_path/'run').mkdir()
@@ -145,7 +158,7 @@ for id in "${ids[@]}"; do wait $id || exit 1; done
 '''
 
 @pytest.mark.slow
-def test_the_slurm_script_trains(tmp_path):
+def test_the_slurm_script_trains(local, tmp_path):
     "With actors for srun and scontrol: two tasks, which meet where scontrol says."
     (tmp_path/'bin').mkdir()
     for name, text in (('srun', SRUN), ('scontrol', '#!/bin/bash\n[ "$*" == "show hostnames node[1-2]" ] && printf "localhost\\nnode2\\n"\n')):
@@ -155,19 +168,10 @@ def test_the_slurm_script_trains(tmp_path):
     job = {'SLURM_JOB_NODELIST': 'node[1-2]', 'SLURM_JOB_ID': '4711', 'SLURM_CPUS_PER_TASK': '1', 'MASTER_PORT': free_port(), 'PATH': path}
     done = subprocess.run([CLUSTER/'slurm.sh', 'pretrain', *words(tmp_path/'run', **SMALL)], check=False, capture_output=True, text=True, env={**os.environ, **QUIET, **job}, timeout=300)
     assert done.returncode == 0 and 'srun --kill-on-bad-exit=1' in done.stdout, done.stdout + done.stderr
-    local_run(tmp_path/'local', **SMALL, processes=2)
-    assert differing(tmp_path/'run', tmp_path/'local') == []
+    assert differing(tmp_path/'run', local/'run') == []
 
 
 # Two hosts
-
-RANK = '''
-import json, sys
-from fdsl_nb.folder import RunFolder
-from fdsl_nb.runs import configuration
-from fdsl_nb.training import run_training
-run_training(configuration('pretrain', dict(json.loads(sys.argv[2]), wandb_mode='disabled'), RunFolder(sys.argv[1])))
-'''
 
 def host(n, *command): return ['ip', 'netns', 'exec', f'fdsl-{os.getpid()}-{n}', 'unshare', '--uts', 'sh', '-c', f'hostname fdsl-{n}; exec "$@"', 'sh', *map(str, command)]
 
@@ -205,14 +209,7 @@ def test_hosts_are_two(hosts):
     knock = "import socket, time; time.sleep(1); socket.create_connection(('127.0.0.1', 29777), 1)"
     assert [status for status, _ in on_both([[sys.executable, '-c', listen], [sys.executable, '-c', knock]])] == [1, 1]
 
-@pytest.fixture(scope='module')
-def local(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('local')
-    (folder/'rank.py').write_text(RANK)
-    subprocess.run([sys.executable, folder/'rank.py', folder/'run', json.dumps(SMALL | dict(processes=2))], check=True, env={**os.environ, **QUIET}, capture_output=True)
-    return folder
-
-@pytest.mark.parametrize('launcher', ['by hand', 'torchrun', *(pytest.param(f'words of {name}', marks=pytest.mark.slow) for name in ('OpenMPI', 'SLURM'))])
+@pytest.mark.parametrize('launcher', ['by hand', *(pytest.param(name, marks=pytest.mark.slow) for name in ('torchrun', 'words of OpenMPI', 'words of SLURM'))])
 def test_two_hosts_train_as_two_processes_do(hosts, local, tmp_path, launcher):
     "MASTER_ADDR is the first host's address, as the published programs set it."
     meeting = dict(MASTER_ADDR='10.77.0.1', MASTER_PORT='29611')
