@@ -173,7 +173,7 @@ def gather():
     for name in ('chapters', 'api'):
         (SOURCE/name).mkdir(parents=True)
     place_bundles()
-    shutil.copytree(HERE/'images', SOURCE/'images')
+    for folder in ('images', 'cluster'): shutil.copytree(HERE/folder, SOURCE/folder)
     for path in (*HERE.glob('*.md'), ROOT/'CONTRIBUTING.md', ROOT/'CHANGELOG.md'):
         write_page(str(path.relative_to(ROOT)))
     notebooks = sorted((ROOT/'nbs').glob('*.ipynb'))
