@@ -146,7 +146,7 @@ def modules():
 
 CONTENTS = {
     'Start here': ('tutorial', 'explorer', 'formulas'),
-    'How to': ('own-formula', 'own-data', 'build-data', 'many-gpus', 'cluster', 'resume', 'evaluate', 'publish'),
+    'How to': ('own-formula', 'own-data', 'build-data', 'many-gpus', 'cluster', 'resume', 'evaluate', 'reproduced', 'publish'),
     'Look up': ('recipes', 'parameters', 'book', 'reference'),
     'Contribute': ('contributing', 'house', 'changelog')}
 

@@ -294,7 +294,7 @@ def experiment_table(e:Experiment) -> pd.DataFrame:
         with whole_file(e.folder.file(name), 'w') as f: f.write(text)
     return table
 
-# %% ../nbs/45_experiments.ipynb #22d369b4
+# %% ../nbs/45_experiments.ipynb #c1a5a0f8
 def show_experiment(e:Experiment):
     "Accuracy by epoch of every fine-tuning, and the final counts by start; kept as `report.png`."
     import matplotlib.pyplot as plt
@@ -307,6 +307,6 @@ def show_experiment(e:Experiment):
     left.set(xlabel='epoch', ylabel='top-1 on val, %')
     if left.lines: left.legend(fontsize=8)
     show_ends(runs.assign(result=[dict(split=s) for s in runs.split]), colours, right)
-    for start, number in published.items(): right.axhline(number, color=colours.get(start), ls=':', lw=1)
-    right.tick_params(axis='x', labelsize=7)
+    right.set_xticks(range(len(colours)), [f'{start}\npaper: {published[start]}' if start in published else start for start in colours], fontsize=7)
+    for start, number in published.items() if e.values['budget'] == 'paper' else (): right.axhline(number, color=colours.get(start), ls=':', lw=1)
     return kept(figure, dict(folder=Resolved(str(e.folder.path), 'output')), 'report.png')
