@@ -166,22 +166,26 @@ def __iter__(self:EpochBatches):
     for b in range(self.first, self.steps):
         yield [self.draw(start + place) for place in range(b * self.batch + self.rank, (b + 1) * self.batch, self.world)]
 
-# %% ../nbs/20_datasets.ipynb #de99d09c
+# %% ../nbs/20_datasets.ipynb #62a99457
+_LENT = []    # NumPy generators that have been lent before
+
 @contextmanager
 def seeded(
     seed:int,             # 0 … 2**63 - 1
 ):
     "Inside the block Python's, NumPy's and torch's global generators start from `seed`; afterwards they are as before."
     torch_generator = torch.random.default_generator
-    states = random.getstate(), np.random.get_state(), torch_generator.get_state()
+    states, own, lent = (random.getstate(), torch_generator.get_state()), np.random.get_bit_generator(), _LENT.pop() if _LENT else np.random.MT19937()
+    np.random.set_bit_generator(lent)
     random.seed(seed)
     np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
     torch_generator.manual_seed(seed)
     try: yield
     finally:
         random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch_generator.set_state(states[2])
+        torch_generator.set_state(states[1])
+        np.random.set_bit_generator(own)
+        _LENT.append(lent)
 
 # %% ../nbs/20_datasets.ipynb #9611cb0f
 class Augmented(Dataset):

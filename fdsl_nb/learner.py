@@ -28,11 +28,15 @@ from .evaluate import Counter
 from .optimise import limit_gradient, make_average, make_optimizer, make_schedule
 from .plan import Recipe
 
-# %% ../nbs/35_learner.ipynb #e1d680e4
+# %% ../nbs/35_learner.ipynb #1cf29a04
 class ResumableLearner(Learner):
     "fastai's `Learner`; `fit` starts at `first_epoch`, `first_batch`, with `steps_done` optimizer steps behind it."
     first_epoch, first_batch, steps_done, best, metric, row, average, evaluation, paused = 0, 0, 0, None, None, {}, None, None, False
     recipe, scaler, autocast, share, sums_so_far = Recipe(), torch.amp.GradScaler('cpu', enabled=False), nullcontext, 1., None
+    listeners = {}
+    def __call__(self, event):
+        if event not in self.listeners: self.listeners[event] = self.cbs.sorted('order') if event == 'after_fit' else self.ordered_cbs(event)
+        for callback in self.listeners[event]: callback(event)
     def _do_fit(self):
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
@@ -43,6 +47,17 @@ class ResumableLearner(Learner):
         limit_gradient(unwrap_model(self.model), self.recipe)
         self.scaler.step(self.opt.opt)
         self.scaler.update()
+
+# %% ../nbs/35_learner.ipynb #c45273a1
+@patch
+def add_cb(self:ResumableLearner, cb):
+    self.listeners = {}
+    return Learner.add_cb(self, cb)
+
+@patch
+def remove_cb(self:ResumableLearner, cb):
+    self.listeners = {}
+    return Learner.remove_cb(self, cb)
 
 # %% ../nbs/35_learner.ipynb #47824249
 class FDSLLearner(ResumableLearner):
@@ -72,7 +87,7 @@ def _do_one_batch(self:FDSLLearner):
     self._with_events(self._step, 'step', CancelStepException)
     self.opt.zero_grad()
 
-# %% ../nbs/35_learner.ipynb #cdd7f862
+# %% ../nbs/35_learner.ipynb #62a6a1ae
 class EveryStep(Callback):
     "Before each step: the learning rate, and torch's generators from (seed, step, process). Before each epoch: its order of images."
     order = -50
@@ -87,7 +102,9 @@ class EveryStep(Callback):
     def before_batch(self):
         if not self.learn.training: return
         self.schedule.step_update(self.learn.steps_done)
-        torch.manual_seed(seed_for(self.seed, STEP, self.learn.steps_done, rank()))
+        seed, device = seed_for(self.seed, STEP, self.learn.steps_done, rank()), self.learn.xb[0].device
+        torch.random.default_generator.manual_seed(seed)    # torch.manual_seed without its search for devices, which takes milliseconds
+        if device.type != 'cpu': torch.get_device_module(device).manual_seed(seed)
     def after_batch(self):
         if self.learn.training: self.learn.steps_done += 1
 

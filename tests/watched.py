@@ -1,20 +1,25 @@
 """Runs small enough for tests, looked at from inside: steps, images and labels as the network got them, and power cuts.
 
-A test of several processes forks its ranks from one process that has imported everything (`Ranks`), because importing takes longer than such a run.
+A test of several processes forks its ranks from one process that has imported everything, because importing takes longer than such a run.
 """
 import json
 import multiprocessing
 import os
 import signal
 import socket
+import sys
+import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import sha256
+from multiprocessing import forkserver
 from pathlib import Path
 
 import psutil
 from fastai.callback.core import Callback
 
 from fdsl_nb import training
+from fdsl_nb.contours import VisualAtom
 from fdsl_nb.distributed import rank, total
 from fdsl_nb.settings import Resolved
 
@@ -23,6 +28,17 @@ STILL = dict(auto_augment='', color_jitter=0.0, erasing=0.0, scale=(1.0, 1.0), r
 DRAWN = dict(classes=4, instances=8, size=96, start_range=10, lines_max=20)      # 32 images of VisualAtom
 BASE = training.RUN | STILL | dict(dataset='visualatom', knobs=DRAWN, model='deit_tiny_patch16_224', model_options=TINY, image_size=32, batch=16, epochs=2, lr=1e-3, warmup_epochs=0,
     best_by='last', export=False, wandb_mode='disabled')
+
+
+@dataclass(frozen=True)
+class Stumbling(VisualAtom):
+    "Cannot draw one of its images."
+    name = 'stumbling'
+    def draw(self, c, k):
+        if (c, k) == (1, 1):
+            print('stumbled at', time.time(), flush=True)
+            raise ArithmeticError('no picture of class 1, instance 1')
+        return super().draw(c, k)
 
 
 class Watch(Callback):
@@ -51,13 +67,25 @@ class Seen(Callback):
                 f.write(json.dumps([self.learn.epoch, int(y), sha256(x.numpy().tobytes()).hexdigest()]) + '\n')
 
 
+class Slow(Callback):
+    "Takes its time, so that there is some to kill in, and leaves a line a step in `file`."
+    order, run_valid = 46, False
+    def __init__(self, file): self.file = file
+    def after_batch(self):
+        time.sleep(0.05)
+        if rank() == 0:
+            with open(self.file, 'a') as f: f.write('step\n')
+
+
 class PowerCut(Callback):
-    "Kills every process below `root` (its number; this one's parent if None), this one last, when step `step` reaches the event `when`."
+    "Kills every process of the run, this one last, when step `step` reaches the event `when`: its siblings and theirs, or all of a `command`."
     order = 55      # after a recovery checkpoint of the same step
-    def __init__(self, step, when, root=None): self.step, self.when, self.root = step, when, root or os.getppid()
+    def __init__(self, step, when): self.step, self.when = step, when
     def cut(self, event):
         if rank() or event != self.when or self.learn.steps_done != self.step: return
-        for p in psutil.Process(self.root).children(recursive=True):
+        root = psutil.Process(int(os.environ.get('PROGRAM') or os.getppid()))
+        family = root.children(recursive=True) + [root] * ('PROGRAM' in os.environ)
+        for p in family:
             if p.pid != os.getpid(): p.kill()
         os.kill(os.getpid(), signal.SIGKILL)
     def before_batch(self): self.cut('before_batch')
@@ -97,7 +125,21 @@ def trained(folder, **given):
 # Several processes
 
 CONTEXT = multiprocessing.get_context('forkserver')
-CONTEXT.set_forkserver_preload(['watched'])
+
+
+def _start_server():
+    "The process that ranks are forked from: it imports this module, and so everything, and loads the kernels."
+    before = {k: os.environ.get(k) for k in ('PYTHONPATH', 'OMP_NUM_THREADS', 'WATCHED_SERVER')}
+    os.environ |= dict(PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *filter(None, [before['PYTHONPATH']])]), OMP_NUM_THREADS='1', WATCHED_SERVER='1')
+    CONTEXT.set_forkserver_preload(['watched'])
+    try: forkserver.ensure_running()
+    finally:
+        for k, v in before.items():
+            if v is None: del os.environ[k]
+            else: os.environ[k] = v
+
+
+if os.environ.pop('WATCHED_SERVER', ''): VisualAtom(**DRAWN).render(0, 0)
 
 
 def free_port():
@@ -107,6 +149,7 @@ def free_port():
 
 
 def _rank(number, processes, port, config, callbacks):
+    multiprocessing.set_start_method('fork', force=True)        # for what it starts itself, as anywhere else
     if processes > 1: os.environ |= dict(RANK=str(number), WORLD_SIZE=str(processes), LOCAL_RANK=str(number), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     folder = Path(config['folder'])
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,6 +161,7 @@ def _rank(number, processes, port, config, callbacks):
 
 def start_ranks(config, processes, *callbacks):
     "Starts the ranks as a cluster's launcher would, each calling `run_training`; callbacks are given as (class, arguments)."
+    _start_server()
     port = free_port()
     ranks = [CONTEXT.Process(target=_rank, args=(n, processes, port, config, callbacks)) for n in range(processes)]
     for p in ranks: p.start()
@@ -132,8 +176,30 @@ def wait_ranks(ranks, seconds=120):
     return [p.exitcode for p in ranks]
 
 
+def printed(folder): return ''.join(p.read_text() for p in sorted(Path(folder).glob('printed-*.txt')))
+
+
 def run_ranks(config, processes, *callbacks):
-    codes = wait_ranks(start_ranks(config, processes, *callbacks))
-    printed = ''.join(p.read_text()[-3000:] for p in Path(config['folder']).glob('printed-*.txt'))
-    assert codes == [0] * processes, printed
-    return config
+    "Runs the ranks to their end."
+    assert wait_ranks(start_ranks(config, processes, *callbacks)) == [0] * processes, printed(config['folder'])
+
+
+# The command that a test of whole programs starts: it calls `run_training` alone or on processes of its own, watched in none or all of them
+
+def command(config, *callbacks):
+    "Words and environment of a Python program that runs `config`; callbacks as (name, arguments)."
+    code = 'import json, sys, watched; watched.program(*map(json.loads, sys.argv[1:]))'
+    here = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get('PYTHONPATH')])])
+    return [sys.executable, '-c', code, json.dumps(config), json.dumps(callbacks)], {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': here}
+
+
+def program(config, callbacks):
+    os.environ |= dict(WATCHED=json.dumps(callbacks), PROGRAM=str(os.getpid()))
+    launched = training.launch
+    training.launch = lambda function, values, processes: launched('watched:train_watched', values, processes)
+    training.run_training(resolved(config))
+
+
+def train_watched(values):
+    "`train` with the callbacks that `program` was given, in whatever process it is."
+    with watching(*[globals()[name](*args) for name, args in json.loads(os.environ['WATCHED'])]): return training.train(values)
