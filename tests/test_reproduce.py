@@ -65,6 +65,7 @@ def test_an_experiment_killed_on_the_way_is_continued_to_the_whole_table(start, 
     child = start(place, **TINY)
     first, broken = place/'rcdb1k_deit_tiny', place/'visualatom1k_vit_tiny'/'pretrain-0'
     wait_for(lambda: (broken/'summary.csv').exists() or child.poll() is not None)
+    assert child.poll() is None, f'ended by itself with {child.returncode}: {child.communicate()[0]}'
     family, alive = kill_family(child, signal.SIGKILL)
     assert len(family) >= 3, 'a kernel, papermill and its kernel were expected'
     assert alive == [], 'processes were left behind'
