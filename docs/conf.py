@@ -8,7 +8,7 @@ project = 'fdsl_nb'
 author = 'fdsl_nb contributors'
 project_copyright = author
 html_title = 'fdsl_nb'
-smartquotes = False                 # a quotation mark may be one of Python's
+smartquotes_action = 'D'           # dashes only: a quotation mark may be one of Python's
 
 extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.mathjax', 'house']
 myst_enable_extensions = ['dollarmath']

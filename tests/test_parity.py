@@ -136,7 +136,9 @@ def some_of(epochs, steps, every):
 
 def compare_rates(r, every):
     epochs, steps = r.epochs, images_of(r) // r.batch
-    learn = SimpleNamespace(training=True, steps_done=0, epoch=0, first_epoch=0, first_batch=0, metric=None, dls=SimpleNamespace(train=SimpleNamespace(batch_sampler=SimpleNamespace(steps=steps))))
+    sampler = SimpleNamespace(steps=steps)
+    learn = SimpleNamespace(training=True, steps_done=0, epoch=0, first_epoch=0, first_batch=0, metric=None, xb=(torch.zeros(1),),
+                            dls=SimpleNamespace(train=SimpleNamespace(batch_sampler=sampler)))
     layer = nn.Linear(2, 2)
     learn.opt = SimpleNamespace(opt=make_optimizer(layer, r))
     before = EveryStep(r, 0)

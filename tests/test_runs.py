@@ -95,7 +95,7 @@ def test_finetuning_takes_the_weights_and_reports_exact_counts(pretrained, tmp_p
     result = json.loads((tmp_path/'result.json').read_text())
     assert result['images'] == 800 and result['top1'] == 100 * result['correct'] / 800
     assert sum(map(sum, result['confusion'])) == 800
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ['pre-trained-seed1', 'scratch-seed0', 'scratch-seed1']
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ['model', 'pre-trained-seed1', 'scratch-seed0', 'scratch-seed1']
     start = json.loads((tmp_path/'log.jsonl').read_text().split('\n')[0])
     assert 'tensors loaded' in start['weights']
     assert json.loads((tmp_path/'scratch-seed0'/'log.jsonl').read_text().split('\n')[0])['weights'] == ''
