@@ -303,7 +303,7 @@ def _quietly(self:Explorer):
     try: yield
     finally: self.quiet = before
 
-# %% ../nbs/40_explore.ipynb #f514fbfe
+# %% ../nbs/40_explore.ipynb #e0b81507
 @patch
 def take(self:Explorer, name:str, **settings):
     "Shows family `name` with these knobs, the others at their defaults."
@@ -313,8 +313,7 @@ def take(self:Explorer, name:str, **settings):
         old, self.panel.children = self.panel.children, sorted(self.controls.values(), key=lambda w: w.description in TYPED)
         for each in old: each.close()
         self.family.value = name
-        labels = [label for label, values in presets(name).items() if values == changed(name, settings)]
-        self.preset.options, self.preset.value = [*presets(name), 'own'], (labels + ['own'])[0]
+        self.preset.options = [*presets(name), 'own']
         self.moves.options = ['class', 'instance', *(n for n, w in self.controls.items() if hasattr(w, 'step') and n not in TYPED)]
         self.varied.options = [n for n, w in self.controls.items() if not isinstance(w, widgets.Text) and n not in TYPED]
         # a menu that was empty does not choose by itself
@@ -328,12 +327,13 @@ def settings(self:Explorer) -> dict:
     found = changed(self.family.value, {name: w.value for name, w in self.controls.items()})
     return {name: float(f'{v:.12g}') if isinstance(v, float) else v for name, v in found.items()}
 
-# %% ../nbs/40_explore.ipynb #8cd55775
+# %% ../nbs/40_explore.ipynb #99b74e1b
 @patch
 def draw(self:Explorer, _=None):
     "Draws the picture, then the open page; what the formula refuses is said in `message`."
     if self.quiet: return
     begun = time.perf_counter()
+    with self._quietly(): self.preset.value = next((label for label, values in presets(self.family.value).items() if values == self.settings), 'own')
     try:
         self.formula = f = formula(self.family.value, **self.settings)
         with self._quietly(): self.cls.max, self.instance.max = f.classes - 1, f.instances - 1

@@ -181,7 +181,9 @@ def test_every_family_can_be_picked_and_its_presets():
     explorer.preset.value = 'three axes, 1,728 views (ICCV 2023)'
     assert explorer.settings == dict(axes=3) and explorer.instance.max == 1727
     explorer.controls['point_size'].value = 2
-    assert explorer.settings == dict(axes=3, point_size=2)
+    assert explorer.settings == dict(axes=3, point_size=2) and explorer.preset.value == 'own'
+    explorer.controls['point_size'].value = 1
+    assert explorer.preset.value == 'three axes, 1,728 views (ICCV 2023)'
 
 def test_own_settings_are_shown_and_stretch_their_slider():
     explorer = explore('visualatom', vertices_max=9000, size=32)
