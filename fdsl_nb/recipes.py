@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CVPR2022', 'CVPR2023', 'OFDB', 'COYO', 'PRETRAIN', 'FDSL_FINETUNE', 'VITPYTORCH', 'COYO_FINETUNE', 'FINETUNE', 'DEMO',
-           'BUDGETS', 'DEMO_KNOBS', 'recipes', 'recipe', 'shrink', 'resolve']
+           'BUDGETS', 'DEMO_KNOBS', 'recipes', 'recipe', 'recipe_listing', 'shrink', 'resolve']
 
 # %% ../nbs/32_recipes.ipynb #eeb7295a
 from dataclasses import fields, replace
@@ -114,6 +114,22 @@ def recipe(
     if name and name not in known: raise ValueError(f'recipe={name!r} is not a {stage} recipe' + did_you_mean(name, known))
     if name: return known[name]
     return next((r for r in known.values() if r.dataset == dataset), next(iter(known.values())))
+
+# %% ../nbs/32_recipes.ipynb #d51aff9a
+def _aligned(rows):
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return '\n'.join('  '.join(f'{word:<{width}}' for word, width in zip(row, widths)).rstrip() for row in rows)
+
+def recipe_listing(
+    name:str='',          # a recipe; all if empty
+) -> str:
+    "For a terminal: every recipe with data set, model, cost and published results, or all settings of one; `ValueError` names the nearest known one."
+    stages = dict(pretrain=PRETRAIN, finetune=FINETUNE)
+    found = [(stage, r) for stage in stages for r in stages[stage] if name in ('', r.name)]
+    if not found: raise ValueError(f'recipe={name!r} is not known' + did_you_mean(name, [r.name for rows in stages.values() for r in rows]))
+    if name: return _aligned([('stage', found[0][0]), *((f.name, str(getattr(found[0][1], f.name))) for f in reversed(fields(Recipe)))])
+    rows = {r.paper: [(o.name, stage, o.dataset, o.model, o.cost, o.expected) for stage, o in found if o.paper == r.paper] for _, r in found}
+    return '\n\n'.join(f'{paper}\n{_aligned(rows[paper])}' for paper in rows)
 
 # %% ../nbs/32_recipes.ipynb #b12dd812
 _small = dict(model='deit_tiny_patch16_224', model_options=dict(patch_size=8, embed_dim=128, depth=4, num_heads=4), image_size=32, drop_path=0.0, repeats=1,

@@ -9,7 +9,7 @@ __all__ = ['NOTEBOOKS', 'KNOBS', 'USAGE', 'parameter', 'WhatParameters', 'HowPar
            'declared_values', 'executed_path', 'run_folder', 'where_it_runs', 'options_of', 'configuration',
            'start_run', 'show_configuration', 'find_notebook', 'asked_for', 'planned_command', 'main']
 
-# %% ../nbs/41_runs.ipynb #ec65d605
+# %% ../nbs/41_runs.ipynb #e10730be
 import ast, hashlib, json, os, sys
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ from .settings import Resolved, did_you_mean, machine_settings
 from .datasets import open_dataset
 from .folder import RunFolder, set_status
 from .plan import Recipe
-from .recipes import resolve
+from .recipes import recipe_listing, resolve
 from .distributed import found_ranks
 from .training import RUN, architecture_of
 from .validation import examination, open_examined
@@ -348,17 +348,20 @@ def planned_command(
     shown = [] if {'--log-output', '--progress-bar'} & set(arguments) else ['--log-output', '--no-progress-bar']
     return [sys.executable, '-m', 'papermill', str(find_notebook(name)), str(folder/executed), *arguments, *shown]
 
-# %% ../nbs/41_runs.ipynb #5c956e69
+# %% ../nbs/41_runs.ipynb #9d2e8d22
 USAGE = f"""usage: fdsl run {{{','.join(NOTEBOOKS)}}} [papermill's options, e.g. -p dataset rcdb]
        fdsl compare FOLDER … [--published LABEL=NUMBER] [--figure FILE]
+       fdsl recipes [NAME]
 parameters of a notebook: papermill --help-notebook nbs/NAME.ipynb"""
 
 def main():
-    "The command `fdsl`: `fdsl run pretrain -p dataset rcdb …`, `fdsl compare runs/a runs/b`."
-    if len(sys.argv) < 3 or sys.argv[1] not in ('run', 'compare'): sys.exit(USAGE)
+    "The command `fdsl`: `fdsl run pretrain -p dataset rcdb …`, `fdsl compare runs/a runs/b`, `fdsl recipes`."
+    word, *words = sys.argv[1:] or ['']
+    if word not in ('run', 'compare', 'recipes') or not (words or word == 'recipes') or word != 'compare' and words[0:1] in (['-h'], ['--help']): sys.exit(USAGE)
     try:
-        if sys.argv[1] == 'compare': return compare_command(sys.argv[2:])
-        command = planned_command(sys.argv[2], sys.argv[3:])
+        if word == 'compare': return compare_command(words)
+        if word == 'recipes': return print(recipe_listing(*words[:1]))
+        command = planned_command(words[0], words[1:])
     except (TypeError, ValueError, OSError) as e: sys.exit(f'fdsl: {e}')
     print('run folder:', Path(command[4]).parent, flush=True)
     os.execv(command[0], command)

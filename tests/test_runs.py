@@ -18,6 +18,7 @@ import torch
 from fdsl_nb.checkpoints import read_checkpoint
 from fdsl_nb.folder import RunFolder, read_config, read_summary
 from fdsl_nb.formula import formulas
+from fdsl_nb.recipes import FINETUNE, PRETRAIN
 from fdsl_nb.runs import NOTEBOOKS, check_parameters
 
 NBS = Path(__file__).parent.parent/'nbs'
@@ -202,3 +203,12 @@ def test_a_number_is_a_fine_real_and_true_is_not_a_number():
     check_parameters('pretrain', dict(lr=1))
     with pytest.raises(TypeError, match='epochs=True should be of type int'):
         check_parameters('pretrain', dict(epochs=True))
+
+
+def test_the_command_lists_recipes():
+    def said(*words): return subprocess.run([str(Path(sys.executable).parent/'fdsl'), 'recipes', *words], check=False, capture_output=True, text=True)
+    every, one, slip = said(), said('onepfrac1k_vit_tiny'), said('onepfrac1k_vit_tny')
+    assert every.returncode == one.returncode == 0
+    assert 'cifar100 84.2' in every.stdout and all(r.name in every.stdout for r in [*PRETRAIN, *FINETUNE])
+    assert re.search(r'^batch +256$', one.stdout, re.MULTILINE)
+    assert slip.returncode == 1 and "did you mean 'onepfrac1k_vit_tiny'" in slip.stderr
