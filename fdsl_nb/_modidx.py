@@ -296,7 +296,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'fdsl_nb.coyo.MultiHot': ('coyo.html#multihot', 'fdsl_nb/coyo.py'),
                               'fdsl_nb.coyo.MultiHot.__call__': ('coyo.html#multihot.__call__', 'fdsl_nb/coyo.py'),
                               'fdsl_nb.coyo.MultiHot.__post_init__': ('coyo.html#multihot.__post_init__', 'fdsl_nb/coyo.py'),
-                              'fdsl_nb.coyo._files': ('coyo.html#_files', 'fdsl_nb/coyo.py'),
                               'fdsl_nb.coyo._machine_labels': ('coyo.html#_machine_labels', 'fdsl_nb/coyo.py'),
                               'fdsl_nb.coyo._mean_digits': ('coyo.html#_mean_digits', 'fdsl_nb/coyo.py'),
                               'fdsl_nb.coyo._members': ('coyo.html#_members', 'fdsl_nb/coyo.py'),

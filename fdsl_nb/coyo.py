@@ -6,7 +6,7 @@
 __all__ = ['CLASSES', 'FAULTS', 'RECORD', 'write_shards', 'example_rows', 'MultiHot', 'read_labels', 'scan_shard', 'read_index',
            'seal_shards', 'list_shards', 'CoyoDataset', 'threshold_table', 'open_coyo']
 
-# %% ../nbs/20d_coyo.ipynb #8747b9a5
+# %% ../nbs/20d_coyo.ipynb #2d440ef1
 import hashlib, io, json, os, struct, tarfile, zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from .settings import did_you_mean, machine_settings
 from .folder import whole_file
 from .datasets import DigitsDataset
-from .shards import PICTURES, Stored, read_at, shard_paths
+from .shards import PICTURES, Stored, read_at, shard_paths, tar_index
 
 # %% ../nbs/20d_coyo.ipynb #3be22c25
 def _members(key, image, labels, probs, as_text):
@@ -122,19 +122,9 @@ def read_labels(
     if probs.size and probs.shape != labels.shape or not np.isfinite(probs).all(): raise ValueError(FAULTS[6])
     return labels.astype(np.int64), probs.astype(np.float32) if probs.size else None
 
-# %% ../nbs/20d_coyo.ipynb #f65c8502
+# %% ../nbs/20d_coyo.ipynb #b7eae706
 RECORD = np.dtype([('picture', '<i8'), ('size', '<i4'), ('crc', '<u4'), ('json', '<i8'), ('json_size', '<i4'), ('json_crc', '<u4'),
     ('lowest', '<i4'), ('highest', '<i4'), ('best', '<f4'), ('fault', '<i4')])
-
-def _files(path):
-    "(name, first byte, bytes) of a tar's files; `ValueError` unless it goes on to its end mark."
-    try:
-        with tarfile.open(path, 'r:') as tar:
-            found = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512) != bytes(512): raise tarfile.ReadError(f'nothing readable at byte {tar.offset}')    # tarfile alone would take this for the end
-            return found
-    except tarfile.TarError as e: raise ValueError(f'{path} is cut off, damaged or no plain tar ({e}); download it anew, or leave this shard out') from None
 
 def _row(path, record):
     picture = next((place for suffix, place in record.items() if f'.{suffix}'.endswith(PICTURES)), None)
@@ -146,13 +136,13 @@ def _row(path, record):
     except ValueError as e: return *row, 0, 0, np.nan, FAULTS.index(str(e))
     return *row, labels.min(), labels.max(), np.nan if probs is None else probs.max(), 0
 
-# %% ../nbs/20d_coyo.ipynb #988c833f
+# %% ../nbs/20d_coyo.ipynb #ad12acb3
 def scan_shard(
     path,
 ) -> np.ndarray:          # `RECORD` [records], in the order of the shard
     "Reads a shard once from end to end; `ValueError` names it if it is not whole."
     records = {}
-    for name, first, size in _files(path):
+    for name, first, size in tar_index(path):
         key, _, suffix = PurePosixPath(name).name.partition('.')
         records.setdefault(f'{PurePosixPath(name).parent}/{key}', {})[suffix.lower()] = first, size
     isrecord = lambda r: 'json' in r or any(f'.{suffix}'.endswith(PICTURES) for suffix in r)

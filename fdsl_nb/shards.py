@@ -63,15 +63,19 @@ def decode(
         return image if image.mode in ('L', 'RGB') else image.convert('RGB')
     except Exception as e: raise ValueError(f'{name} is damaged ({type(e).__name__}: {str(e)[:100]}); copy or build it anew, or read on with on_error="skip"') from None
 
-# %% ../nbs/20a_shards.ipynb #e1c61bfa
+# %% ../nbs/20a_shards.ipynb #1dff820a
 def tar_index(
     path,
 ) -> list:                # (name, first byte, bytes) of each file
-    "Where the files of a tar are; `ValueError` if it is compressed or cut off."
+    "Where the files of a tar are; `ValueError` if it is compressed, damaged or does not go on to its end mark."
     try:
-        with tarfile.open(path, 'r:') as tar: return [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
-    except tarfile.ReadError as e:
-        raise ValueError(f'{path} is not a plain tar ({e}); a compressed one has no random access: unpack it, or pack it anew without compression') from None
+        with tarfile.open(path, 'r:') as tar:
+            found = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512): raise tarfile.ReadError(f'nothing readable at byte {tar.offset}')    # tarfile alone would take this for the end
+            return found
+    except tarfile.TarError as e:
+        raise ValueError(f'{path} is cut off, damaged or not a plain tar ({e}); copy it anew, leave it out, or if it is compressed, which allows no random access, unpack it') from None
 
 def zip_index(
     path,

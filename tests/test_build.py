@@ -302,6 +302,15 @@ def test_any_flipped_byte_is_found_and_mended(tmp_path, arrangement):
         assert len(found) == 1 and found[0].kind == 'damaged' and found[0].name.split('/')[0] in name
         assert repair(tmp_path/'out') == found and contents(tmp_path/'out') == before
 
+@pytest.mark.parametrize('spoil', (lambda data, header: data[:header] + bytes([data[header] ^ 1]) + data[header + 1:], lambda data, header: data[:header]), ids=('a damaged header', 'an end between two files'))
+def test_a_tar_is_read_to_its_end_mark_or_refused(tmp_path, spoil):
+    make(tmp_path/'out', layout='plain')
+    with tarfile.open(tmp_path/'all.tar', 'w') as tar: tar.add(tmp_path/'out', 'train')
+    assert len(open_dataset(str(tmp_path/'all.tar'))) > 20
+    with tarfile.open(tmp_path/'all.tar') as tar: header = [m.offset for m in tar if m.name.endswith('.png')][10]
+    (tmp_path/'all.tar').write_bytes(spoil((tmp_path/'all.tar').read_bytes(), header))
+    with pytest.raises(ValueError, match=f'all.tar is cut off, damaged .*{header}'): open_dataset(str(tmp_path/'all.tar'))
+
 @pytest.mark.parametrize('arrangement', LAYOUTS[:4], ids=lambda a: '-'.join(map(str, a.values())))
 def test_missing_and_stray_files(tmp_path, arrangement):
     make(tmp_path/'out', **arrangement)
