@@ -45,7 +45,7 @@ def peak(classes, layout):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('name', nargs='?', default='visualatom', help='the formula')
-    parser.add_argument('--images', type=int, default=1000)
+    parser.add_argument('--images', type=int, default=2000)
     parser.add_argument('--size', type=int, default=512)
     parser.add_argument('--workers', type=int, default=2)
     args = parser.parse_args()
