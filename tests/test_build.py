@@ -522,7 +522,7 @@ def test_parquet_of_a_formula_a_build_and_a_folder(shards, tmp_path):
     assert json.loads(parquet.read_schema(file).metadata[b'huggingface']) == {'info': {'features': {'image': {'_type': 'Image'}, 'label': {'names': ['cat'], '_type': 'ClassLabel'}}}}
 
 def test_the_datasets_library_reads_the_parquet(tmp_path, monkeypatch):
-    datasets = pytest.importorskip('datasets', reason='the package datasets is not installed; it is nobody\'s dependency here')
+    import datasets
     export(tmp_path/'hub')
     for one in (datasets.load_dataset(str(tmp_path/'hub'), split='train', cache_dir=str(tmp_path/'cache')), datasets.load_dataset(str(tmp_path/'hub'), split='train', streaming=True)):
         assert isinstance(one.features['image'], datasets.Image) and one.features['label'].names == features(make_plan(SMALL))['label']['names']
