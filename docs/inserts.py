@@ -27,6 +27,8 @@ def table(head, rows):
 
 
 def code(value):
+    "A value as Python writes it, a number to six digits; nothing for None."
+    value = float(f'{value:.6g}') if isinstance(value, float) else value
     return f'`{value!r}`' if value is not None else ''
 
 

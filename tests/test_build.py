@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+import distributed
 import numpy as np
 import pytest
 import torch
@@ -265,9 +266,18 @@ def test_ten_kills(tmp_path, layout):
     build(MANY, tmp_path/'whole', workers=0, progress=quiet, layout=layout, **(dict(shard_images=50) if layout == 'shards' else {}))
     assert found == contents(tmp_path/'whole') and hits >= 2
 
+def test_dask_writes_the_same_bytes(tmp_path):
+    "A cluster that runs already, by its address; and one made for the build."
+    def built(name, scheduler):
+        with open_executor(scheduler, workers=1) as executor: make(tmp_path/name, executor=executor, layout='shards', shard_images=20)
+        return contents(tmp_path/name)
+    make(tmp_path/'alone', layout='shards', shard_images=20)
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        assert built('address', cluster.scheduler_address) == contents(tmp_path/'alone')
+    assert built('local', 'dask') == contents(tmp_path/'alone')
+
 @pytest.mark.slow
 def test_dask_survives_the_loss_of_a_worker(tmp_path):
-    distributed = pytest.importorskip('distributed')
     build(MANY, tmp_path/'whole', workers=0, progress=quiet, layout='shards', shard_images=50)
     for n in range(10):
         after, killed = random.Random(n).uniform(1, 1500), []
