@@ -13,29 +13,15 @@ from pathlib import Path
 import numpy as np
 import papermill
 import pytest
+from acted import epoch, made
 from jupyter_client.manager import start_new_kernel
 from PIL import Image
 
 from fdsl_nb.browser import RunBrowser, browse, look, report_links
 from fdsl_nb.compare import read_run
-from fdsl_nb.folder import RunFolder, add_epoch, log_event, set_status, write_config
-from fdsl_nb.settings import Resolved
+from fdsl_nb.folder import RunFolder, set_status
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def made(root, name, state='done', epochs=3, **settings):
-    folder = RunFolder(root/name)
-    set_status(folder, state, **({'reason': 'ValueError: <i>lr</i>'} if state == 'failed' else {}))
-    write_config(folder, {k: Resolved(v, 'test') for k, v in (dict(stage='pretrain', dataset='rcdb', name='rcdb1k_deit_tiny', epochs=10, seed=0, lr=0.1) | settings).items()})
-    log_event(folder, 'start')
-    for e in range(epochs): epoch(folder, e)
-    return folder
-
-
-def epoch(folder, e):
-    add_epoch(folder, dict(epoch=e, train_loss=3 - e / 10, eval_top1=10. * e))
-    log_event(folder, 'epoch', images_per_second=100. + e)
 
 
 @pytest.fixture

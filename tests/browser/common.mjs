@@ -33,3 +33,12 @@ export async function until(what, look, seconds = 60) {
     await new Promise(resolve => setTimeout(resolve, 50))
   }
 }
+
+// Opens a notebook in JupyterLab and chooses Run › Run All Cells.
+export async function runAll(page, address) {
+  await page.goto(address, { waitUntil: 'load' })
+  await until('the notebook', () => page.locator('.jp-Notebook .jp-CodeCell').first().isVisible())
+  await until('a kernel', () => page.locator('#jp-main-statusbar', { hasText: '| Idle' }).isVisible())
+  await page.locator('.lm-MenuBar-itemLabel', { hasText: /^Run$/ }).click()
+  await page.locator('.lm-Menu-itemLabel', { hasText: /^Run All Cells$/ }).click()
+}

@@ -1,5 +1,5 @@
 // node explore.mjs ADDRESS FOLDER: opens explore.ipynb in JupyterLab, runs it, picks every family and moves a slider of it; prints what was seen, as JSON.
-import { openBrowser, pixels, until } from './common.mjs'
+import { openBrowser, pixels, runAll, until } from './common.mjs'
 
 // A knob of each family, and the key that moves its slider far enough to be seen.
 const KNOBS = { rcdb: ['start_range', 'Home'], visualatom: ['start_range', 'Home'], fractaldb: ['points', 'Home'], ofdb2d: ['points', 'Home'], onepfrac: ['delta', 'End'],
@@ -10,11 +10,7 @@ const { browser, page, faults } = await openBrowser(1500, 1250)
 const found = { families: {}, faults }
 
 try {
-  await page.goto(`${address}/lab/tree/explore.ipynb`, { waitUntil: 'load' })
-  await until('the notebook', () => page.locator('.jp-Notebook .jp-CodeCell').first().isVisible())
-  await until('a kernel', () => page.locator('#jp-main-statusbar', { hasText: '| Idle' }).isVisible())
-  await page.locator('.lm-MenuBar-itemLabel', { hasText: /^Run$/ }).click()
-  await page.locator('.lm-Menu-itemLabel', { hasText: /^Run All Cells$/ }).click()
+  await runAll(page, `${address}/lab/tree/explore.ipynb`)
   const explorer = page.locator('.jp-OutputArea-output:has(.widget-image)').first()
   await until('the explorer', () => explorer.isVisible(), 150)
   const picture = explorer.locator('.widget-image').first()

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from acted import epoch, made
 
 from fdsl_nb.formula import formulas
 
@@ -82,16 +84,44 @@ def test_every_page_of_the_documentation_opens_without_network(documentation, dr
     assert len(found['sliders']) == 5 and all(found['sliders'].values())
 
 
-def test_the_explorer_in_jupyterlab_draws_every_family(drive, tmp_path):
-    work = tmp_path/'work'
+@contextmanager
+def lab(notebook, folder, **environment):
+    "JupyterLab with one of our notebooks in its folder, for the block; what it remembers goes to `folder`."
+    work = folder/'work'
     work.mkdir()
-    shutil.copy(ROOT/'nbs'/'explore.ipynb', work)      # JupyterLab saves what it shows
-    own = {f'JUPYTER_{k}_DIR': str(tmp_path/k.lower()) for k in ('CONFIG', 'RUNTIME', 'DATA')}
-    own |= {f'JUPYTERLAB_{k}_DIR': str(tmp_path/k.lower()) for k in ('SETTINGS', 'WORKSPACES')}
-    lab = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1', '--ServerApp.port=PORT', '--ServerApp.port_retries=0',
-           '--IdentityProvider.token=', f'--ServerApp.root_dir={work}', '--LabApp.news_url=', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
-    with server(lab, '/api', tmp_path/'log', **own, FDSL_DATA_ROOT=str(tmp_path/'data'), FDSL_OUTPUT_ROOT=str(tmp_path/'runs')) as address:
+    shutil.copy(ROOT/'nbs'/notebook, work)      # JupyterLab saves what it shows
+    own = {f'JUPYTER_{k}_DIR': str(folder/k.lower()) for k in ('CONFIG', 'RUNTIME', 'DATA')}
+    own |= {f'JUPYTERLAB_{k}_DIR': str(folder/k.lower()) for k in ('SETTINGS', 'WORKSPACES')}
+    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1', '--ServerApp.port=PORT', '--ServerApp.port_retries=0',
+               '--IdentityProvider.token=', f'--ServerApp.root_dir={work}', '--LabApp.news_url=', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
+    with server(command, '/api', folder/'log', **own, FDSL_DATA_ROOT=str(folder/'data'), **environment) as address:
+        yield address
+
+
+def test_the_explorer_in_jupyterlab_draws_every_family(drive, tmp_path):
+    with lab('explore.ipynb', tmp_path) as address:
         found = drive('explore.mjs', address, SHOTS)
     assert found['faults'] == []
     assert found['families'] == {name: True for name in found['offered']}
     assert set(found['offered']) >= set(formulas()[:8])
+
+
+def test_the_run_browser_in_jupyterlab_follows_a_run(drive, tmp_path):
+    runs = tmp_path/'runs'
+    made(runs, 'rcdb/first', lr=0.2)
+    made(runs, 'rcdb/second', 'failed', 1)
+    atoms, told = made(runs, 'atoms', 'running', 2, dataset='visualatom'), threading.Event()
+    def train():
+        for e in range(2, 100):
+            if told.wait(1):
+                return
+            epoch(atoms, e)
+    training = threading.Thread(target=train)
+    with lab('browse.ipynb', tmp_path, FDSL_OUTPUT_ROOT=str(runs)) as address:
+        training.start()
+        try:
+            found = drive('browse.mjs', address, SHOTS)
+        finally:
+            told.set()
+            training.join()
+    assert found == dict(faults=[], rows=3, follows=True, redraws=True, differs=True)
