@@ -7,8 +7,9 @@ raw zstd where `zstandard` is installed, the naive version; then the ratio naive
 """
 
 import argparse, io, time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 from PIL import Image
 from fdsl_nb.formula import formula
 import naive

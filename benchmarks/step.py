@@ -7,6 +7,7 @@ the tiny network, a millisecond or two a step, is the worst case that there is.
 """
 
 import argparse, itertools, statistics, time
+from functools import partial
 from types import SimpleNamespace
 import torch
 from timm.data import Mixup
@@ -63,7 +64,7 @@ def main():
     for name in [args.case] if args.case else CASES:
         r = Recipe(epochs=1, warmup_epochs=0, **CASES[name])
         batches = [(torch.randn(r.batch, 3, r.image_size, r.image_size), torch.randint(10, (r.batch,))) for _ in range(4)]
-        def fresh(): return create_model(r.model, 10, r.image_size, seed=0, drop_path_rate=r.drop_path, **r.model_options)
+        fresh = partial(create_model, r.model, 10, r.image_size, seed=0, drop_path_rate=r.drop_path, **r.model_options)
         for program in (ours, bare): program(fresh(), r, batches, 2)        # whatever is done once
         steps = max(4, int(args.seconds * bare(fresh(), r, batches, 4)))
         rates = []

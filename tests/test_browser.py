@@ -19,7 +19,7 @@ from PIL import Image
 
 from fdsl_nb.browser import RunBrowser, browse, look, report_links
 from fdsl_nb.compare import read_run
-from fdsl_nb.folder import RunFolder, set_status
+from fdsl_nb.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 

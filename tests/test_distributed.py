@@ -50,5 +50,5 @@ def test_processes_end_with_a_killed_parent():
     time.sleep(4)    # until the ranks sleep
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    gone, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=20)
     assert alive == []

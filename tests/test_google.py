@@ -2,7 +2,7 @@
 
 import random
 from pathlib import Path
-import numpy as np, pytest, timm, torch
+import numpy as np, pytest, torch
 from fdsl_nb.checkpoints import CheckpointError, load_weights, read_checkpoint, read_weights
 from fdsl_nb.google import google_shapes, vit_pytorch_dropout
 from fdsl_nb.models import VIT_PYTORCH_NAMES, create_model

@@ -223,6 +223,10 @@ def test_runs_name_their_kernel(path):
 
 # All files
 
+def test_the_linter_has_nothing_to_say():
+    done = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--output-format', 'concise', '--no-cache'], check=False, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
 @pytest.fixture(scope='module')
 def tracked():
     "Every file that git tracks or would offer to track."

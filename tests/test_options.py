@@ -14,7 +14,7 @@ from torch import nn
 
 from fdsl_nb.augment import eval_transform
 from fdsl_nb.checkpoints import load_weights, read_checkpoint
-from fdsl_nb.datasets import EpochBatches, eval_loader, open_dataset
+from fdsl_nb.datasets import eval_loader, open_dataset
 from fdsl_nb.evaluate import evaluate
 from fdsl_nb.folder import RunFolder, read_summary
 from fdsl_nb.learner import fdsl_learner
@@ -86,7 +86,7 @@ def test_a_plateau_falls_when_the_loss_stays(tmp_path):
 
 def test_a_plateau_goes_on_across_pauses(tmp_path):
     options = PLATEAU | dict(lr=3e-2, optimizer='sgd', best_by='loss', noise=(0.5, 1.0), noise_pct=0.3, warmup_epochs=2, decay_rate=0.3)
-    learn, watch, _ = trained(tmp_path/'whole', **options)
+    _, watch, _ = trained(tmp_path/'whole', **options)
     rates = []
     for _ in range(8):
         _, session, result = trained(tmp_path/'paused', pause=1, recovery=1, **options)
@@ -159,7 +159,7 @@ def test_averaged_weights_are_measured_and_saved(dynamic, tmp_path):
         order, trail = 45, []
         def after_batch(self): self.trail.append({k: p.detach().clone() for k, p in self.learn.model.named_parameters()})
     config, trail = values(tmp_path, **DIGITS | dict(ema=0.7, ema_dynamic=dynamic)), Trail()
-    with watching(trail) as left: train(config)
+    with watching(trail): train(config)
     start = make_model(config, 10)[0].state_dict()
     by_hand = {k: torch.zeros_like(v) if dynamic else start[k] for k, v in trail.trail[0].items()}
     for t, now in enumerate(trail.trail, 1):

@@ -36,7 +36,7 @@ def command(notebook, folder, **parameters):
 
 def papermill(notebook, folder, **parameters):
     folder.mkdir(exist_ok=True)
-    return subprocess.run(command(notebook, folder, **parameters), capture_output=True, text=True, env=environment(), timeout=300)
+    return subprocess.run(command(notebook, folder, **parameters), check=False, capture_output=True, text=True, env=environment(), timeout=300)
 
 
 def weights(folder):
@@ -68,7 +68,7 @@ def test_parameters_cell_is_the_declaration(notebook):
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS)
 def test_papermill_prints_every_parameter_with_its_help(notebook):
-    shown = subprocess.run([sys.executable, '-m', 'papermill', '--help-notebook', str(NBS/f'{notebook}.ipynb')], capture_output=True, text=True).stdout
+    shown = subprocess.run([sys.executable, '-m', 'papermill', '--help-notebook', str(NBS/f'{notebook}.ipynb')], check=False, capture_output=True, text=True).stdout
     flat = ' '.join(shown.split())
     for f in fields(NOTEBOOKS[notebook]):
         assert f'{f.name}: {f.type.__name__}' in flat and ' '.join(f.metadata['help'].split()) in flat, f.name
@@ -143,14 +143,14 @@ def test_another_run_in_the_same_folder_is_refused(pretrained):
 
 def test_the_command_checks_before_a_kernel_starts(tmp_path):
     fdsl = [str(Path(sys.executable).parent/'fdsl'), 'run', 'pretrain']
-    done = subprocess.run([*fdsl, '-p', 'datset', 'rcdb'], capture_output=True, text=True, env=environment(FDSL_OUTPUT_ROOT=str(tmp_path)))
+    done = subprocess.run([*fdsl, '-p', 'datset', 'rcdb'], check=False, capture_output=True, text=True, env=environment(FDSL_OUTPUT_ROOT=str(tmp_path)))
     assert done.returncode == 1 and "did you mean 'dataset'" in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_the_command_runs_and_chooses_the_folder(tmp_path):
     fdsl = [str(Path(sys.executable).parent/'fdsl'), 'run', 'pretrain']
     words = [w for k, v in (SMALL | dict(epochs=1)).items() for w in ('-p', k, str(v))]
-    done = subprocess.run([*fdsl, *words], capture_output=True, text=True, env=environment(FDSL_OUTPUT_ROOT=str(tmp_path)), timeout=300)
+    done = subprocess.run([*fdsl, *words], check=False, capture_output=True, text=True, env=environment(FDSL_OUTPUT_ROOT=str(tmp_path)), timeout=300)
     assert done.returncode == 0, done.stderr
     folder, = tmp_path.iterdir()
     assert folder.name.startswith('pretrain-rcdb-') and RunFolder(folder).state == 'done' and (folder/'pretrain.ipynb').exists()
@@ -164,7 +164,7 @@ def kill_after_first_epoch(words, sent):
     family = [p for p in psutil.Process(child.pid).children(recursive=True)]
     child.send_signal(sent)
     child.wait(30)
-    gone, alive = psutil.wait_procs(family, timeout=15)
+    _, alive = psutil.wait_procs(family, timeout=15)
     return family, alive
 
 
@@ -182,7 +182,7 @@ def test_sigterm_ends_every_process_and_the_run_goes_on(tmp_path):
 
 
 def test_a_resumed_run_ends_with_the_same_weights(pretrained, tmp_path):
-    family, alive = kill_after_first_epoch(command('pretrain', tmp_path, **SMALL), signal.SIGTERM)
+    _, alive = kill_after_first_epoch(command('pretrain', tmp_path, **SMALL), signal.SIGTERM)
     assert alive == []
     assert papermill('pretrain', tmp_path, **SMALL).returncode == 0
     assert 'continuing after epoch' in (tmp_path/'pretrain.ipynb').read_text()

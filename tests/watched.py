@@ -63,8 +63,7 @@ class Seen(Callback):
     def __init__(self, folder): self.folder = Path(folder)
     def before_batch(self):
         with open(self.folder/f'seen-{rank()}.jsonl', 'a') as f:
-            for x, y in zip(self.learn.xb[0], self.learn.yb[0]):
-                f.write(json.dumps([self.learn.epoch, int(y), sha256(x.numpy().tobytes()).hexdigest()]) + '\n')
+            f.writelines(json.dumps([self.learn.epoch, int(y), sha256(x.numpy().tobytes()).hexdigest()]) + '\n' for x, y in zip(self.learn.xb[0], self.learn.yb[0]))
 
 
 class Slow(Callback):
