@@ -11,7 +11,7 @@
 set -euo pipefail
 
 # Ranks meet on the first machine, at a port that other jobs on it do not use.
-MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}
 MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 export MASTER_ADDR MASTER_PORT
 export FDSL_WORKERS=${FDSL_WORKERS:-$((SLURM_CPUS_PER_TASK - 1))}
