@@ -148,7 +148,7 @@ def modules():
 
 CONTENTS = {
     'Start here': ('tutorial', 'explorer', 'formulas'),
-    'How to': ('own-formula', 'own-data', 'build-data', 'many-gpus', 'cluster', 'resume', 'evaluate', 'reproduced', 'publish'),
+    'How to': ('own-formula', 'own-data', 'build-data', 'many-gpus', 'cluster', 'resume', 'evaluate', 'google', 'coyo', 'reproduced', 'publish'),
     'Look up': ('recipes', 'parameters', 'book', 'reference'),
     'Contribute': ('contributing', 'house', 'changelog')}
 

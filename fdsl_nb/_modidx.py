@@ -853,6 +853,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fdsl_nb.raster.splat': ('raster.html#splat', 'fdsl_nb/raster.py'),
                                 'fdsl_nb.raster.stamp': ('raster.html#stamp', 'fdsl_nb/raster.py')},
             'fdsl_nb.recipes': { 'fdsl_nb.recipes._aligned': ('recipes.html#_aligned', 'fdsl_nb/recipes.py'),
+                                 'fdsl_nb.recipes._forked': ('recipes.html#_forked', 'fdsl_nb/recipes.py'),
                                  'fdsl_nb.recipes.recipe': ('recipes.html#recipe', 'fdsl_nb/recipes.py'),
                                  'fdsl_nb.recipes.recipe_listing': ('recipes.html#recipe_listing', 'fdsl_nb/recipes.py'),
                                  'fdsl_nb.recipes.recipes': ('recipes.html#recipes', 'fdsl_nb/recipes.py'),

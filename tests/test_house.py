@@ -223,6 +223,10 @@ def test_runs_name_their_kernel(path):
 
 # All files
 
+def test_the_readme_leads_to_every_chapter():
+    linked = re.findall(r'\(nbs/(\d\w*\.ipynb)\)', (ROOT/'README.md').read_text('utf-8'))
+    assert sorted(set(linked)) == sorted(p.name for p in (ROOT/'nbs').glob('[0-9]*.ipynb'))
+
 def test_the_linter_has_nothing_to_say():
     done = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--output-format', 'concise', '--no-cache'], check=False, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
