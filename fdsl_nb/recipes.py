@@ -54,13 +54,14 @@ OFDB = [
         per_step=False, warmup_epochs=10, warmup_lr=1e-6, repeats=1, best_by='last', precision='bfloat16',
         published=dict(cifar10=96.8, cifar100=81.6, cars=86.0, flowers=98.3, voc12=80.6, places30=78.4, imagenet100=88.3))]
 
-# %% ../nbs/32_recipes.ipynb #3d7416ad
-_inception = dict(crop_kind='inception', scale=(0.05, 1.0), ratio=(0.75, 1.33), hflip=0.5, auto_augment='', color_jitter=0.0, erasing=0.0, interpolation='bilinear', mixup=0.0, cutmix=0.0, smoothing=0.0,
-    drop_path=0.0)
+# %% ../nbs/32_recipes.ipynb #6541d37e
+_crops = dict(scale=(0.05, 1.0), interpolation='bilinear', auto_augment='', color_jitter=0.0, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, drop_path=0.0)
+_coyo = Recipe(paper='COYO-ViT, Kakao Brain 2022', model='coyo_vit_large_patch16_224', crop_kind='inception', ratio=(0.75, 1.33), hflip=0.5, **_crops,
+    clip=1.0, ema=0.9999, ema_dynamic=True, precision='bfloat16')
 
 COYO = [
-    Recipe(name='coyo300m_vit_large', paper='COYO-ViT, Kakao Brain 2022', dataset='coyo', model='coyo_vit_large_patch16_224', model_options=dict(representation=1024), batch=4096, epochs=7, cost='300M images × 7 epochs', lr=6e-4,
-        weight_decay=0.1, eps=1e-7, clip=1.0, schedule='coyo_linear', warmup_steps=10_000, min_lr=1e-5, loss='bce', ema=0.9999, ema_dynamic=True, precision='bfloat16', **_inception)]
+    replace(_coyo, name='coyo300m_vit_large', dataset='coyo', model_options=dict(representation=1024), batch=4096, epochs=7, cost='300M images × 7 epochs',
+        loss='bce', lr=6e-4, weight_decay=0.1, eps=1e-7, schedule='coyo_linear', warmup_steps=10_000, min_lr=1e-5)]
 
 PRETRAIN = [*CVPR2022, *CVPR2023, *OFDB, *COYO]
 
@@ -75,34 +76,40 @@ FDSL_FINETUNE = [
     replace(_cvpr2023_fine, name='finetune_aaai2022', paper='Nakashima et al., AAAI 2022', optimizer='momentum', batch=96, lr=0.01 * 96 / 512, warmup_lr=1e-6, min_lr=1e-5,
         drop_path=0.0, erasing=0.0)]
 
-# %% ../nbs/32_recipes.ipynb #86dc0a42
-_vitpytorch = Recipe(paper='ViT-pytorch (Dosovitskiy et al. 2021)', optimizer='momentum', lr=0.03, weight_decay=0.0, batch=512, steps=10_000, eval_every=100, warmup_steps=500,
-    schedule='vitpytorch_cosine', min_lr=0.0, clip=1.0, head='zero', resize='bilinear_corners', crop=1.0, crop_mode='squash', best_by='top1', hold_out=0.1, vit_dropout=0.1, **(_inception | dict(crop_kind='timm', ratio=(3/4, 4/3), hflip=0.0)))
+# %% ../nbs/32_recipes.ipynb #c3540b0a
+_vitpytorch = Recipe(paper='ViT-pytorch (Dosovitskiy et al. 2021)', ratio=(3/4, 4/3), hflip=0.0, **_crops, crop=1.0, crop_mode='squash',
+    head='zero', resize='bilinear_corners', vit_dropout=0.1, optimizer='momentum', lr=0.03, weight_decay=0.0, clip=1.0, batch=512,
+    steps=10_000, schedule='vitpytorch_cosine', warmup_steps=500, min_lr=0.0, eval_every=100, best_by='top1', hold_out=0.1)
 _sizes = dict(b16='vit_base_patch16_224', b32='vit_base_patch32_224', l16='vit_large_patch16_224', l32='vit_large_patch32_224', r50_b16='vit_base_r50_s16_224')
 _results = dict(b16=(99.08, 92.3), l32=(99.03, 92.76), r50_b16=(98.92, 92.31))
+_short = (('cifar10', 500, 98.59), ('cifar10', 1000, 98.78), ('cifar100', 500, 90.72), ('cifar100', 1000, 92.16))
 
 VITPYTORCH = [replace(_vitpytorch, name=f'vitpytorch_{data}_{size}', dataset=data, model=model, cost='10,000 steps of 512',
-        published={data: _results[size][n]} if size in _results and _results[size][n] else {})
-    for n, data in enumerate(('cifar10', 'cifar100')) for size, model in _sizes.items()] + [
-    replace(_vitpytorch, name=f'vitpytorch_{data}_b16_{steps}', dataset=data, model=_sizes['b16'], steps=steps, warmup_steps=100, cost=f'{steps:,} steps of 512', published={data: top1})
-    for data, steps, top1 in (('cifar10', 500, 98.59), ('cifar10', 1000, 98.78), ('cifar100', 500, 90.72), ('cifar100', 1000, 92.16))]
+        published={data: _results[size][n]} if size in _results else {})
+    for n, data in enumerate(('cifar10', 'cifar100')) for size, model in _sizes.items()]
+VITPYTORCH += [replace(_vitpytorch, name=f'vitpytorch_{data}_b16_{steps}', dataset=data, model=_sizes['b16'], steps=steps, warmup_steps=100,
+        cost=f'{steps:,} steps of 512', published={data: top1})
+    for data, steps, top1 in _short]
 
-# %% ../nbs/32_recipes.ipynb #a3161651
-_fork = [('cifar10', 'b32', 224, 10_000, 99.0), ('cifar10', 'b32', 224, 1000, 98.89), ('cifar10', 'b32', 384, 1000, 98.65), ('cifar100', 'b32', 224, 1000, 90.74), ('cifar100', 'b32', 384, 1000, 90.61),
-    ('cifar10', 'l32', 224, 1000, 98.83), ('cifar10', 'l32', 384, 1000, 98.72), ('cifar100', 'l32', 224, 1000, 91.95), ('cifar100', 'l32', 384, 10_000, 93.39)]
+# %% ../nbs/32_recipes.ipynb #bc305e65
+_fork = [('cifar10', 'b32', 224, 10_000, 99.0), ('cifar10', 'b32', 224, 1000, 98.89), ('cifar10', 'b32', 384, 1000, 98.65),
+    ('cifar100', 'b32', 224, 1000, 90.74), ('cifar100', 'b32', 384, 1000, 90.61), ('cifar10', 'l32', 224, 1000, 98.83),
+    ('cifar10', 'l32', 384, 1000, 98.72), ('cifar100', 'l32', 224, 1000, 91.95), ('cifar100', 'l32', 384, 10_000, 93.39)]
 
 def _forked(data, size, side, steps, top1):
-    name, batch = f'vitpytorch_{data}_{size}' + '_384' * (side == 384) + '_1000' * (steps == 1000), 256 if (size, side) == ('l32', 384) else 512
-    return replace(_vitpytorch, name=name, paper='A fork of ViT-pytorch for CIFAR', dataset=data, model=_sizes[size], image_size=side, steps=steps, warmup_steps=100 if steps == 1000 else 500, batch=batch,
-        cost=f'{steps:,} steps of {batch}', published={data: top1})
+    name = f'vitpytorch_{data}_{size}' + '_384' * (side == 384) + '_1000' * (steps == 1000)
+    batch = 256 if (size, side) == ('l32', 384) else 512
+    return replace(_vitpytorch, name=name, paper='A fork of ViT-pytorch for CIFAR', dataset=data, model=_sizes[size], image_size=side, batch=batch,
+        steps=steps, warmup_steps=100 if steps == 1000 else 500, cost=f'{steps:,} steps of {batch}', published={data: top1})
 
 _forks = {r.name: r for r in (_forked(*row) for row in _fork)}
 VITPYTORCH = [_forks.pop(r.name, r) for r in VITPYTORCH] + [*_forks.values()]
 
-# %% ../nbs/32_recipes.ipynb #3bbb0c1f
-COYO_FINETUNE = [Recipe(name=f'coyo_imagenet_vit_large_{side}', paper='COYO-ViT, Kakao Brain 2022', dataset='imagenet', model='coyo_vit_large_patch16_224', resize='bilinear_corners', image_size=side, optimizer='momentum', lr=0.03,
-        weight_decay=0.0, batch=512, steps=20_000, eval_every=2000, warmup_steps=500, schedule='coyo_cosine', min_lr=0.0, clip=1.0, crop=1.0, crop_mode='squash', ema=0.9999, ema_dynamic=True,
-        precision='bfloat16', cost='20,000 steps of 512', published=dict(imagenet1k=top1), **_inception) for side, top1 in ((384, 86.72), (512, 87.24))]
+# %% ../nbs/32_recipes.ipynb #19e07258
+COYO_FINETUNE = [replace(_coyo, name=f'coyo_imagenet_vit_large_{side}', dataset='imagenet', image_size=side, crop=1.0, crop_mode='squash',
+        resize='bilinear_corners', optimizer='momentum', lr=0.03, weight_decay=0.0, batch=512, steps=20_000, schedule='coyo_cosine', warmup_steps=500,
+        min_lr=0.0, eval_every=2000, cost='20,000 steps of 512', published=dict(imagenet1k=top1))
+    for side, top1 in ((384, 86.72), (512, 87.24))]
 
 FINETUNE = [*FDSL_FINETUNE, *VITPYTORCH, *COYO_FINETUNE]
 
