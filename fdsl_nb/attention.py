@@ -196,7 +196,7 @@ def draw(self:AttentionExplorer, _=None):
     weights = layer_maps(self.attention)[self.way.value == 'joined'][min(self.layer.value, len(self.attention.layers)) - 1]
     self.picture.value = png_bytes(tiled([[np.array(self.image.convert('RGB')), over_image(self.image, weights)]], side=300))
 
-# %% ../nbs/40a_attention.ipynb #e90d6e97
+# %% ../nbs/40a_attention.ipynb #af6873d1
 @patch
 def still(self:AttentionExplorer) -> bytes:
     "Eight images from the chosen one on, each above what was attended to, for where there are no sliders."
@@ -206,7 +206,9 @@ def still(self:AttentionExplorer) -> bytes:
     return png_bytes(tiled([[np.array(image.convert('RGB')) for image in pictures], maps], ['image', 'rollout'], 84))
 
 @patch
-def __repr__(self:AttentionExplorer): return f'image {self.number.value}, layer {self.layer.value} of {self.layer.max}, {self.way.value}: {top_labels(self.attention.logits, getattr(self.images, "classes", None), 1)[0]}'
+def __repr__(self:AttentionExplorer):
+    best = top_labels(self.attention.logits, getattr(self.images, 'classes', None), 1)[0]
+    return f'image {self.number.value}, layer {self.layer.value} of {self.layer.max}, {self.way.value}: {best}'
 
 def explore_attention(
     model:nn.Module,      # a ViT made by timm

@@ -153,13 +153,16 @@ def write_parts(job:Job, parts) -> list:
     "What a worker does: writes these parts and returns their lines."
     return [(p, *(write_shard if job.plan.layout == 'shards' else write_class)(job, p)) for p in parts]
 
-# %% ../nbs/21_build.ipynb #cfb86dec
+# %% ../nbs/21_build.ipynb #92f8ef7d
 def describe(job:Job) -> dict:
     "What `manifest.json` says: source, plan and the versions that decide bytes."
-    source = job.source
-    said = source.spec() | dict(family=f'{type(source).__module__}:{type(source).__qualname__}', fingerprint=source.fingerprint()) if isinstance(source, Formula) else dict(dataset=source[0], split=source[1])
-    packages = {name: importlib.metadata.version(name) for name in ('fdsl_nb', 'numpy', 'numba', 'pillow', 'zstandard')}
-    return dict(source=json.loads(json.dumps(said)), plan=json.loads(json.dumps(dataclasses.asdict(job.plan))), versions=packages | dict(zlib=features.version('zlib')))
+    source, packages = job.source, ('fdsl_nb', 'numpy', 'numba', 'pillow', 'zstandard')
+    if isinstance(source, Formula):
+        said = source.spec() | dict(family=f'{type(source).__module__}:{type(source).__qualname__}', fingerprint=source.fingerprint())
+    else: said = dict(dataset=source[0], split=source[1])
+    versions = {name: importlib.metadata.version(name) for name in packages} | dict(zlib=features.version('zlib'))
+    # as they will be read back: lists for tuples
+    return json.loads(json.dumps(dict(source=said, plan=dataclasses.asdict(job.plan), versions=versions)))
 
 def refuse_other_build(job:Job):
     "`ValueError` if the folder holds something else than this build, or this one begun with other versions."

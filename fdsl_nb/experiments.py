@@ -294,7 +294,7 @@ def experiment_table(e:Experiment) -> pd.DataFrame:
         with whole_file(e.folder.file(name), 'w') as f: f.write(text)
     return table
 
-# %% ../nbs/45_experiments.ipynb #c1a5a0f8
+# %% ../nbs/45_experiments.ipynb #fb4efeb5
 def show_experiment(e:Experiment):
     "Accuracy by epoch of every fine-tuning, and the final counts by start; kept as `report.png`."
     import matplotlib.pyplot as plt
@@ -303,7 +303,9 @@ def show_experiment(e:Experiment):
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained', width_ratios=(1.2, 1))
     for step in (s for s in e.steps if s.notebook == 'finetune' and s.start in colours):
         rows = pd.DataFrame(read_summary(RunFolder(e.place(step))))
-        if 'eval_top1' in rows: left.plot(rows.epoch + 1, rows.eval_top1, color=colours[step.start], lw=1, label=step.start if int(step.name.rpartition('-')[2]) == e.values['seed'] else None)
+        if 'eval_top1' not in rows: continue
+        first = int(step.name.rpartition('-')[2]) == e.values['seed']       # one entry of the legend for all seeds
+        left.plot(rows.epoch + 1, rows.eval_top1, color=colours[step.start], lw=1, label=step.start if first else None)
     left.set(xlabel='epoch', ylabel='top-1 on val, %')
     if left.lines: left.legend(fontsize=8)
     show_ends(runs.assign(result=[dict(split=s) for s in runs.split]), colours, right)

@@ -13,7 +13,7 @@ from .settings import Resolved, did_you_mean
 from .formula import formulas
 from .plan import Recipe, checked
 
-# %% ../nbs/32_recipes.ipynb #c0d71f2b
+# %% ../nbs/32_recipes.ipynb #feb4cc6b
 _cvpr2022 = Recipe(paper='Kataoka et al., CVPR 2022', dataset='rcdb', batch=64 * 4, epochs=300, repeats=3, best_by='loss', cost='1M images × 300 epochs')
 _21k = dict(batch=64 * 128, epochs=90, cost='21M images × 90 epochs')
 
@@ -26,7 +26,8 @@ CVPR2022 = [
     replace(_cvpr2022, name='exfractaldb1k_deit_tiny', dataset='exfractaldb',
         published=dict(cifar10=97.2, cifar100=81.8, cars=87.0, flowers=98.9, voc12=80.6, places30=78.0, imagenet100=88.1)),
     replace(_cvpr2022, name='exfractaldb1k_deit_base', dataset='exfractaldb', model='deit_base_patch16_224'),
-    replace(_cvpr2022, **_21k, name='exfractaldb21k_deit_base', dataset='exfractaldb', knobs=dict(classes=21_000), model='deit_base_patch16_224', published=dict(imagenet1k=82.7)),
+    replace(_cvpr2022, **_21k, name='exfractaldb21k_deit_base', dataset='exfractaldb', knobs=dict(classes=21_000), model='deit_base_patch16_224',
+        published=dict(imagenet1k=82.7)),
     replace(_cvpr2022, name='mvfractaldb1k_deit_tiny', dataset='mvfractaldb')]
 
 # %% ../nbs/32_recipes.ipynb #ee1fd1da
@@ -39,19 +40,22 @@ CVPR2023 = [
     replace(_cvpr2023, **_21k, name='visualatom21k_vit_base', model='vit_base_patch16_224', knobs=dict(classes=21_000), published=dict(imagenet1k=82.7)),
     replace(_cvpr2023, **_21k, name='visualatom21k_swin_base', model='swin_base_patch4_window7_224', knobs=dict(classes=21_000))]
 
-# %% ../nbs/32_recipes.ipynb #e759921b
-_ofdb = replace(_cvpr2022, paper='Nakamura et al., ICCV 2023', dataset='ofdb2d', model='vit_tiny_patch16_224', epochs=80_000, lr=5e-4, per_step=False, warmup_lr=5e-7, min_lr=5e-6,
-    repeats=1, hflip=0.5, vflip=0.5, erasing=0.5, best_by='last', precision='bfloat16', cost='1k images × 80,000 epochs')
+# %% ../nbs/32_recipes.ipynb #fe6effca
+_ofdb = replace(_cvpr2022, paper='Nakamura et al., ICCV 2023', dataset='ofdb2d', model='vit_tiny_patch16_224', epochs=80_000,
+    lr=5e-4, per_step=False, warmup_lr=5e-7, min_lr=5e-6, repeats=1, hflip=0.5, vflip=0.5, erasing=0.5,
+    best_by='last', precision='bfloat16', cost='1k images × 80,000 epochs')
 _ofdb21k = dict(knobs=dict(classes=21_000), batch=1024, epochs=15_238, lr=5e-4, warmup_lr=2e-6, min_lr=2e-5, cost='21k images × 15,238 epochs')
 
 OFDB = [
-    replace(_ofdb, name='ofdb2d1k_vit_tiny', published=dict(cifar10=96.9, cifar100=84.0, cars=84.5, flowers=97.1, voc12=79.9, places30=79.9, imagenet100=88.0)),
-    replace(_ofdb, name='ofdb3d1k_vit_tiny', dataset='ofdb3d', published=dict(cifar10=97.1, cifar100=83.8, cars=85.5, flowers=98.4, voc12=80.8, places30=80.0, imagenet100=89.1)),
+    replace(_ofdb, name='ofdb2d1k_vit_tiny',
+        published=dict(cifar10=96.9, cifar100=84.0, cars=84.5, flowers=97.1, voc12=79.9, places30=79.9, imagenet100=88.0)),
+    replace(_ofdb, name='ofdb3d1k_vit_tiny', dataset='ofdb3d',
+        published=dict(cifar10=97.1, cifar100=83.8, cars=85.5, flowers=98.4, voc12=80.8, places30=80.0, imagenet100=89.1)),
     replace(_ofdb, **_ofdb21k, name='ofdb2d21k_vit_tiny'),
     replace(_ofdb, **_ofdb21k, name='ofdb3d21k_vit_tiny', dataset='ofdb3d'),
     replace(_ofdb, name='onepfrac1k_vit_tiny', dataset='onepfrac', paper='Nakamura et al., ECCV 2024', published=dict(cifar100=84.2, imagenet100=89.0)),
-    replace(_cvpr2022, name='fractaldb1k_vit_tiny', paper='Nakashima et al., AAAI 2022', dataset='fractaldb', model='vit_tiny_patch16_224', batch=64, lr=3e-4 * 64 / 512,
-        per_step=False, warmup_epochs=10, warmup_lr=1e-6, repeats=1, best_by='last', precision='bfloat16',
+    replace(_cvpr2022, name='fractaldb1k_vit_tiny', paper='Nakashima et al., AAAI 2022', dataset='fractaldb', model='vit_tiny_patch16_224', batch=64,
+        lr=3e-4 * 64 / 512, per_step=False, warmup_epochs=10, warmup_lr=1e-6, repeats=1, best_by='last', precision='bfloat16',
         published=dict(cifar10=96.8, cifar100=81.6, cars=86.0, flowers=98.3, voc12=80.6, places30=78.4, imagenet100=88.3))]
 
 # %% ../nbs/32_recipes.ipynb #6541d37e
@@ -65,16 +69,17 @@ COYO = [
 
 PRETRAIN = [*CVPR2022, *CVPR2023, *OFDB, *COYO]
 
-# %% ../nbs/32_recipes.ipynb #163509dc
-_cvpr2023_fine = Recipe(name='finetune_cvpr2023', paper='Takashima et al., CVPR 2023', dataset='digits', optimizer='sgd', lr=0.01 * 768 / 512, weight_decay=1e-4, batch=96 * 8,
-    epochs=1000, per_step=False, warmup_epochs=10, warmup_lr=1e-6 * 768 / 512, min_lr=1e-5 * 768 / 512, precision='bfloat16', hflip=0.5, cost='1000 epochs')
+# %% ../nbs/32_recipes.ipynb #4097ebb5
+_cvpr2023_fine = Recipe(name='finetune_cvpr2023', paper='Takashima et al., CVPR 2023', dataset='digits', batch=96 * 8, epochs=1000, cost='1000 epochs',
+    optimizer='sgd', lr=0.01 * 768 / 512, weight_decay=1e-4, per_step=False, warmup_epochs=10, warmup_lr=1e-6 * 768 / 512, min_lr=1e-5 * 768 / 512,
+    precision='bfloat16', hflip=0.5)
 
 FDSL_FINETUNE = [
     Recipe(name='finetune_cvpr2022', paper='Kataoka et al., CVPR 2022', dataset='digits', batch=64 * 16, epochs=300, repeats=3, hflip=0.5,
         best_by='top1', cost='300 epochs'),
     _cvpr2023_fine,
-    replace(_cvpr2023_fine, name='finetune_aaai2022', paper='Nakashima et al., AAAI 2022', optimizer='momentum', batch=96, lr=0.01 * 96 / 512, warmup_lr=1e-6, min_lr=1e-5,
-        drop_path=0.0, erasing=0.0)]
+    replace(_cvpr2023_fine, name='finetune_aaai2022', paper='Nakashima et al., AAAI 2022', optimizer='momentum', batch=96,
+        lr=0.01 * 96 / 512, warmup_lr=1e-6, min_lr=1e-5, drop_path=0.0, erasing=0.0)]
 
 # %% ../nbs/32_recipes.ipynb #c3540b0a
 _vitpytorch = Recipe(paper='ViT-pytorch (Dosovitskiy et al. 2021)', ratio=(3/4, 4/3), hflip=0.0, **_crops, crop=1.0, crop_mode='squash',
@@ -113,13 +118,13 @@ COYO_FINETUNE = [replace(_coyo, name=f'coyo_imagenet_vit_large_{side}', dataset=
 
 FINETUNE = [*FDSL_FINETUNE, *VITPYTORCH, *COYO_FINETUNE]
 
-# %% ../nbs/32_recipes.ipynb #1afcbc20
+# %% ../nbs/32_recipes.ipynb #801d12e0
 def recipes(
     stage:str='',         # pretrain or finetune; both if empty
 ) -> pd.DataFrame:        # a row a recipe, by name
     "The published recipes: paper, data set, model, size of the run, published results."
-    stages = dict(pretrain=PRETRAIN, finetune=FINETUNE)
-    rows = [dict(stage=s, **{k: getattr(r, k) for k in ('name', 'paper', 'dataset', 'model', 'optimizer', 'lr', 'batch', 'cost', 'expected')}) for s in stages if stage in ('', s) for r in stages[s]]
+    stages, columns = dict(pretrain=PRETRAIN, finetune=FINETUNE), ('name', 'paper', 'dataset', 'model', 'optimizer', 'lr', 'batch', 'cost', 'expected')
+    rows = [{'stage': s} | {k: getattr(r, k) for k in columns} for s in stages if stage in ('', s) for r in stages[s]]
     return pd.DataFrame(rows).set_index('name')
 
 # %% ../nbs/32_recipes.ipynb #01e1b350
