@@ -530,6 +530,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fdsl_nb.folder.read_summary': ('folder.html#read_summary', 'fdsl_nb/folder.py'),
                                 'fdsl_nb.folder.refuse_other_run': ('folder.html#refuse_other_run', 'fdsl_nb/folder.py'),
                                 'fdsl_nb.folder.set_status': ('folder.html#set_status', 'fdsl_nb/folder.py'),
+                                'fdsl_nb.folder.set_stopped': ('folder.html#set_stopped', 'fdsl_nb/folder.py'),
                                 'fdsl_nb.folder.whole_file': ('folder.html#whole_file', 'fdsl_nb/folder.py'),
                                 'fdsl_nb.folder.write_config': ('folder.html#write_config', 'fdsl_nb/folder.py')},
             'fdsl_nb.formula': { 'fdsl_nb.formula.Formula': ('formula.html#formula', 'fdsl_nb/formula.py'),

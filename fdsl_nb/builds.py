@@ -6,7 +6,7 @@
 __all__ = ['source_for', 'Asked', 'check_ranks', 'start_build', 'show_build', 'LiveSheet', 'run_build', 'verify_build',
            'show_records']
 
-# %% ../nbs/43_builds.ipynb #dead74c9
+# %% ../nbs/43_builds.ipynb #5edbbc4e
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from .shards import BuiltDataset, Plan
 from .build import Job, build, leave_mpi, make_plan, open_executor, pixels, print_progress, refuse_other_build
 from .verify import verify
 from .settings import machine_settings
-from .folder import RunFolder, set_status
+from .folder import RunFolder, set_status, set_stopped
 from .distributed import found_ranks
 from .runs import KNOBS, configuration, declared_values, run_folder
 
@@ -51,7 +51,7 @@ def check_ranks(scheduler:str) -> bool:
         raise ValueError(f"{ranks['launcher']} started {ranks['world']} processes, and scheduler={scheduler or None!r}; give scheduler='mpi', or start one process")
     return bool(ranks and ranks['rank'])
 
-# %% ../nbs/43_builds.ipynb #a849e769
+# %% ../nbs/43_builds.ipynb #29e10b36
 def start_build(namespace:dict) -> Asked:
     "Checks the notebook's parameters, given its globals(), and plans the build; any slip is recorded as a failed run and raised."
     folder = run_folder('build', {'run': namespace.get('run'), 'dataset': namespace.get('dataset')})
@@ -63,7 +63,7 @@ def start_build(namespace:dict) -> Asked:
         if not helper: refuse_other_build(job)
         return Asked(job, folder, machine_settings()['workers'].value if v['workers'] is None else v['workers'], v['scheduler'] or '', helper)
     except Exception as e:
-        if folder.state in ('new', 'failed'): set_status(folder, 'failed', reason=f'{type(e).__name__}: {e}')
+        if folder.state in ('new', 'failed'): set_stopped(folder, e)
         raise
 
 # %% ../nbs/43_builds.ipynb #8c9d529b
@@ -92,7 +92,7 @@ class LiveSheet:
         if self.handle: self.handle.update(Image.fromarray(self.sheet))
         else: self.handle = display(Image.fromarray(self.sheet), display_id=True)
 
-# %% ../nbs/43_builds.ipynb #7b317b7b
+# %% ../nbs/43_builds.ipynb #04792406
 def run_build(asked:Asked) -> dict:
     "Builds what was asked, watched, and records how it ended: images, parts, bytes, folder and seconds."
     started, job = time.time(), asked.job
@@ -106,7 +106,7 @@ def run_build(asked:Asked) -> dict:
         set_status(asked.folder, 'done', **{k: built[k] for k in ('images', 'parts', 'bytes')})
         return built | dict(seconds=round(time.time() - started, 1))
     except BaseException as e:
-        set_status(asked.folder, 'failed', reason=f'{type(e).__name__}: {e}')
+        set_stopped(asked.folder, e)
         raise
 
 def _help(asked):

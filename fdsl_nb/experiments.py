@@ -9,13 +9,13 @@ __all__ = ['OWN', 'Step', 'identity', 'passed_on', 'build_step', 'pretrain_steps
            'run_notebook', 'carry_out', 'run_experiment', 'results', 'as_markdown', 'experiment_table',
            'show_experiment']
 
-# %% ../nbs/45_experiments.ipynb #e51ffdea
+# %% ../nbs/45_experiments.ipynb #374174b3
 import hashlib, json, subprocess, sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import pandas as pd, yaml
 from .settings import Resolved, did_you_mean
-from .folder import RunFolder, read_summary, refuse_other_run, set_status, whole_file, write_config
+from .folder import RunFolder, read_summary, refuse_other_run, set_status, set_stopped, whole_file, write_config
 from .datasets import is_formula, open_dataset
 from .plan import Recipe
 from .recipes import FINETUNE, PRETRAIN, recipe
@@ -196,7 +196,7 @@ def planned(values:dict, folder:RunFolder) -> Experiment:
     if not values['restart']: refuse_other_steps(e)
     return e
 
-# %% ../nbs/45_experiments.ipynb #86c66e8f
+# %% ../nbs/45_experiments.ipynb #ead036fb
 def start_experiment(
     namespace:dict,       # the notebook's globals()
 ) -> Experiment:
@@ -207,7 +207,7 @@ def start_experiment(
         names = values['recipe'] if isinstance(values['recipe'], list) else values['recipe'].split(',')
         return planned(values | dict(recipe=','.join(name.strip() for name in names)), folder)
     except Exception as error:
-        if folder.state in ('new', 'failed'): set_status(folder, 'failed', reason=f'{type(error).__name__}: {error}')
+        if folder.state in ('new', 'failed'): set_stopped(folder, error)
         raise
 
 # %% ../nbs/45_experiments.ipynb #03b7f3b5
@@ -249,7 +249,7 @@ def carry_out(e:Experiment, step:Step, run=run_notebook):
     run(e, step)
     write_step(e, step, 'done')
 
-# %% ../nbs/45_experiments.ipynb #3596047d
+# %% ../nbs/45_experiments.ipynb #64f3efa5
 def run_experiment(
     e:Experiment,
     run=run_notebook,     # what runs a step
@@ -266,7 +266,7 @@ def run_experiment(
         set_status(e.folder, 'done')
         return results(e)
     except BaseException as error:
-        set_status(e.folder, 'failed', reason=f'{type(error).__name__}: {error}')
+        set_stopped(e.folder, error)
         raise
 
 # %% ../nbs/45_experiments.ipynb #41f9c3b9

@@ -9,7 +9,7 @@ __all__ = ['NOTEBOOKS', 'KNOBS', 'USAGE', 'parameter', 'WhatParameters', 'HowPar
            'declared_values', 'executed_path', 'run_folder', 'where_it_runs', 'options_of', 'configuration',
            'start_run', 'show_configuration', 'find_notebook', 'asked_for', 'planned_command', 'main']
 
-# %% ../nbs/41_runs.ipynb #e10730be
+# %% ../nbs/41_runs.ipynb #0f930120
 import ast, hashlib, json, os, sys
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
@@ -18,7 +18,7 @@ import pandas as pd, psutil, yaml
 from papermill.cli import papermill as papermill_command, _resolve_type
 from .settings import Resolved, did_you_mean, machine_settings
 from .datasets import open_dataset
-from .folder import RunFolder, set_status
+from .folder import RunFolder, set_stopped
 from .plan import Recipe
 from .recipes import recipe_listing, resolve
 from .distributed import found_ranks
@@ -290,7 +290,7 @@ def configuration(
     if 'model' in given and 'model_options' not in given: config['model_options'] = Resolved({}, 'parameter model')
     return config | where_it_runs(given) | ends
 
-# %% ../nbs/41_runs.ipynb #7719b11b
+# %% ../nbs/41_runs.ipynb #53bf9204
 def start_run(
     notebook:str,         # pretrain or finetune
     namespace:dict,       # the notebook's globals()
@@ -304,7 +304,7 @@ def start_run(
         else: open_dataset(config['dataset'].value, data=config['data'].value, **config['knobs'].value)
         return config
     except Exception as e:
-        if folder.state in ('new', 'failed'): set_status(folder, 'failed', reason=f'{type(e).__name__}: {e}')
+        if folder.state in ('new', 'failed'): set_stopped(folder, e)
         raise
 
 # %% ../nbs/41_runs.ipynb #0a3f3530

@@ -7,7 +7,7 @@ __all__ = ['RUN', 'FREE', 'RECORDS', 'read_recipe', 'open_splits', 'make_model',
            'many_labels', 'judges', 'make_callbacks', 'train', 'go_on', 'chosen_model', 'finish', 'run_training',
            'read_result', 'recorded', 'record_failure', 'clear']
 
-# %% ../nbs/36_training.ipynb #7b3717af
+# %% ../nbs/36_training.ipynb #41f87078
 import json, time, uuid, wandb
 from dataclasses import fields
 from functools import partial
@@ -19,7 +19,7 @@ from .checkpoints import export_model, load_weights, read_checkpoint
 from .datasets import EpochBatches, eval_loader, hold_out, open_dataset, train_loader
 from .distributed import found_ranks, join, launch, rank, world
 from .evaluate import evaluate
-from .folder import RunFolder, add_epoch, log_event, refuse_other_run, set_status, whole_file, write_config
+from .folder import RunFolder, add_epoch, log_event, refuse_other_run, set_status, set_stopped, whole_file, write_config
 from .learner import fdsl_learner
 from .multilabel import MultiLabelCounter, MultiLabelLoss, evaluate_labels
 from .google import vit_pytorch_dropout
@@ -197,12 +197,12 @@ def recorded(folder:RunFolder, config:dict, values:dict) -> dict:
         record_failure(folder, e)
         raise
 
-# %% ../nbs/36_training.ipynb #1af911e2
+# %% ../nbs/36_training.ipynb #f25a463d
 def record_failure(folder:RunFolder, e:BaseException):
     "Records why the run failed, unless another rank that a launcher made has done so before."
     ranks = found_ranks()
-    if ranks and folder.state == 'failed': return
-    set_status(folder, 'failed', reason=(f"process {ranks['rank']} of {ranks['world']}: " if ranks else '') + f'{type(e).__name__}: {e}')
+    if ranks and folder.state in ('failed', 'interrupted'): return
+    set_stopped(folder, e, f"process {ranks['rank']} of {ranks['world']}: " if ranks else '')
 
 # %% ../nbs/36_training.ipynb #eac23cb4
 RECORDS = ('wandb-id.txt', 'status.json', 'config.json', 'environment.txt', 'summary.csv', 'log.jsonl', 'result.json', 'inputs.png', '*.pth.tar',

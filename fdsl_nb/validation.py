@@ -7,7 +7,7 @@ __all__ = ['TRAINING_ONLY', 'PREPARED', 'EXAMINED', 'CHOICES', 'LEFT', 'FREE', '
            'open_examined', 'picture_names', 'load_examined', 'validate', 'counted', 'write_answers', 'run_validation',
            'read_answers']
 
-# %% ../nbs/36a_validation.ipynb #03caeb75
+# %% ../nbs/36a_validation.ipynb #5b153e75
 import hashlib, json, time
 from contextlib import nullcontext
 from dataclasses import fields
@@ -20,7 +20,7 @@ from .checkpoints import CheckpointError, load_weights, read_checkpoint
 from .datasets import eval_loader, open_dataset
 from .distributed import found_ranks, join, launch, rank, total, world
 from .evaluate import Answers, ask, per_class, published_top1, real_top1
-from .folder import RunFolder, read_config, refuse_other_run, set_status, whole_file, write_config
+from .folder import RunFolder, read_config, refuse_other_run, set_status, set_stopped, whole_file, write_config
 from .models import create_model, current_name
 from .multilabel import evaluate_labels
 from .plan import Recipe
@@ -179,7 +179,7 @@ def run_validation(
     refuse_other_run(folder, values, FREE)
     return read_result(folder) if folder.state == 'done' else _recorded(folder, config, values)
 
-# %% ../nbs/36a_validation.ipynb #969db01c
+# %% ../nbs/36a_validation.ipynb #6df1e9be
 def _recorded(folder, config, values):
     try:
         write_config(folder, config)
@@ -189,7 +189,7 @@ def _recorded(folder, config, values):
         set_status(folder, 'done')
         return result
     except BaseException as e:
-        set_status(folder, 'failed', reason=f'{type(e).__name__}: {e}')
+        set_stopped(folder, e)
         raise
 
 def read_answers(folder:RunFolder) -> Answers:

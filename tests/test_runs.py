@@ -156,13 +156,18 @@ def test_the_command_runs_and_chooses_the_folder(tmp_path):
     assert folder.name.startswith('pretrain-rcdb-') and RunFolder(folder).state == 'done' and (folder/'pretrain.ipynb').exists()
 
 
+# A background job of a shell is deaf to Ctrl-C, and so are its children, unless they are told otherwise.
+HEARS = 'import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])'
+
+
 def kill_after_first_epoch(words, sent):
     folder = Path(words[4]).parent
-    child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+    child = subprocess.Popen([sys.executable, '-c', HEARS, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(), start_new_session=True)
     waiting = time.time() + 200
     while not read_summary(RunFolder(folder)) and time.time() < waiting: time.sleep(0.1)
     family = [p for p in psutil.Process(child.pid).children(recursive=True)]
-    child.send_signal(sent)
+    # a terminal sends Ctrl-C to all that runs in it
+    os.killpg(child.pid, sent) if sent == signal.SIGINT else child.send_signal(sent)
     child.wait(30)
     _, alive = psutil.wait_procs(family, timeout=15)
     return family, alive
@@ -181,9 +186,9 @@ def test_sigterm_ends_every_process_and_the_run_goes_on(tmp_path):
     assert 'continuing after epoch' in (tmp_path/'killed'/'pretrain.ipynb').read_text()
 
 
-def test_a_resumed_run_ends_with_the_same_weights(pretrained, tmp_path):
-    _, alive = kill_after_first_epoch(command('pretrain', tmp_path, **SMALL), signal.SIGTERM)
-    assert alive == []
+def test_a_run_stopped_by_ctrl_c_ends_with_the_same_weights(pretrained, tmp_path):
+    _, alive = kill_after_first_epoch(command('pretrain', tmp_path, **SMALL), signal.SIGINT)
+    assert alive == [] and RunFolder(tmp_path).state == 'interrupted'
     assert papermill('pretrain', tmp_path, **SMALL).returncode == 0
     assert 'continuing after epoch' in (tmp_path/'pretrain.ipynb').read_text()
     assert_same_weights(tmp_path, pretrained)
