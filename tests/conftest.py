@@ -1,4 +1,4 @@
-"""What every test may rely on: no setting of this machine or this user reaches it; the documentation is there, built once."""
+"""What every test may rely on: no setting of this machine or this user reaches it; the documentation is there, built once; a kernel."""
 
 import fcntl
 import os
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from jupyter_client.manager import start_new_kernel
 
 # Before any test module is collected, because torch, wandb and matplotlib read their variables when first imported.
 for variable in list(os.environ):
@@ -31,3 +32,12 @@ def documentation(testrun_uid):
             assert done.returncode == 0, done.stderr
             stamp.write_text(testrun_uid)
     return build/'html'
+
+
+@pytest.fixture(scope='module')
+def kernel():
+    "A client of a fresh kernel that works in the checkout."
+    manager, client = start_new_kernel(kernel_name='python3', cwd=str(Path(__file__).parent.parent))
+    yield client
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)

@@ -14,7 +14,6 @@ import numpy as np
 import papermill
 import pytest
 from acted import epoch, made
-from jupyter_client.manager import start_new_kernel
 from PIL import Image
 
 from fdsl_nb.browser import RunBrowser, browse, look, report_links
@@ -188,14 +187,6 @@ def test_no_thread_is_left(root):
 
 
 # Who watches
-
-@pytest.fixture(scope='module')
-def kernel():
-    manager, client = start_new_kernel(kernel_name='python3', cwd=str(ROOT))
-    yield client
-    client.stop_channels()
-    manager.shutdown_kernel(now=True)
-
 
 @pytest.mark.parametrize('person, kind', [(True, 'application/vnd.jupyter.widget-view+json'), (False, 'image/png')])
 def test_a_table_for_a_person_and_a_picture_for_a_program(kernel, root, person, kind):

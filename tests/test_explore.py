@@ -4,7 +4,6 @@ import base64, io, json, shlex, subprocess, sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 import ipywidgets, numpy as np, papermill, pytest
-from jupyter_client.manager import start_new_kernel
 from PIL import Image
 from fdsl_nb.explore import (MEASURES, TYPED, Explorer, as_command, as_python, changed, contact_sheet, control, cut_into_patches, explore, explore_pair,
     knob_draws, knob_values, network_views, png_bytes, presets, save_image, show_knob, slider_range, tiled, window)
@@ -261,13 +260,6 @@ def test_slips_are_named():
 
 
 # Who watches
-
-@pytest.fixture(scope='module')
-def kernel():
-    manager, client = start_new_kernel(kernel_name='python3', cwd=str(ROOT))
-    yield client
-    client.stop_channels()
-    manager.shutdown_kernel(now=True)
 
 @pytest.mark.parametrize('person, kind', [(True, 'application/vnd.jupyter.widget-view+json'), (False, 'image/png')])
 @pytest.mark.parametrize('what', ["explore('rcdb', size=32)", "explore_pair(size=32)"])
