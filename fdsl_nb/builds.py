@@ -66,12 +66,14 @@ def start_build(namespace:dict) -> Asked:
         if folder.state in ('new', 'failed'): set_stopped(folder, e)
         raise
 
-# %% ../nbs/43_builds.ipynb #8c9d529b
+# %% ../nbs/43_builds.ipynb #ec3dec08
 def show_build(asked:Asked) -> pd.DataFrame:
     "What will be written, as a table."
     plan, source = asked.job.plan, asked.job.source
-    rows = dict(source=source if isinstance(source, Formula) else ' '.join(source), images=f'{len(plan):,}', classes=f'{plan.classes:,}', layout=plan.layout, format=plan.format,
-        parts=f'{plan.parts:,}, the first {plan.part(0)}', workers=asked.scheduler or asked.workers)
+    idle, remedy = 0 if asked.scheduler else max(0, asked.workers - plan.parts), ': choose smaller shards (shard_images)' * (plan.layout == 'shards')
+    rows = dict(source=source if isinstance(source, Formula) else ' '.join(source), images=f'{len(plan):,}', classes=f'{plan.classes:,}',
+        layout=plan.layout, format=plan.format, parts=f'{plan.parts:,}, the first {plan.part(0)}',
+        workers=f'{asked.scheduler or asked.workers}' + f', {idle} without a part to write{remedy}' * bool(idle))
     return pd.DataFrame([(k, str(v)) for k, v in rows.items()], columns=['name', 'value']).set_index('name')
 
 # %% ../nbs/43_builds.ipynb #b43ef4b9
