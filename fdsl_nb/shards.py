@@ -63,7 +63,7 @@ def decode(
         return image if image.mode in ('L', 'RGB') else image.convert('RGB')
     except Exception as e: raise ValueError(f'{name} is damaged ({type(e).__name__}: {str(e)[:100]}); copy or build it anew, or read on with on_error="skip"') from None
 
-# %% ../nbs/20a_shards.ipynb #1dff820a
+# %% ../nbs/20a_shards.ipynb #7a70dd54
 def tar_index(
     path,
 ) -> list:                # (name, first byte, bytes) of each file
@@ -75,8 +75,11 @@ def tar_index(
             if tar.fileobj.read(512) != bytes(512): raise tarfile.ReadError(f'nothing readable at byte {tar.offset}')    # tarfile alone would take this for the end
             return found
     except tarfile.TarError as e:
-        raise ValueError(f'{path} is cut off, damaged or not a plain tar ({e}); copy it anew, leave it out, or if it is compressed, which allows no random access, unpack it') from None
+        with open(path, 'rb') as f: packed = f.read(4).startswith((b'\x1f\x8b', b'BZh', b'\xfd7zX', b'(\xb5/\xfd'))      # gzip, bzip2, xz, Zstandard
+        if packed: raise ValueError(f'{path} is compressed, which leaves no random access: unpack it, or pack it anew without compression') from None
+        raise ValueError(f'{path} is cut off, damaged or no tar ({e}); copy it anew, or leave it out') from None
 
+# %% ../nbs/20a_shards.ipynb #3aa3a3d7
 def zip_index(
     path,
 ) -> list:                # (name, place of its header, bytes, method, CRC-32) of each file

@@ -197,11 +197,11 @@ def recorded(folder:RunFolder, config:dict, values:dict) -> dict:
         record_failure(folder, e)
         raise
 
-# %% ../nbs/36_training.ipynb #f25a463d
+# %% ../nbs/36_training.ipynb #8436281c
 def record_failure(folder:RunFolder, e:BaseException):
     "Records why the run failed, unless another rank that a launcher made has done so before."
     ranks = found_ranks()
-    if ranks and folder.state in ('failed', 'interrupted'): return
+    if ranks and folder.status.get('state') in ('failed', 'interrupted'): return       # as written: where process 0 was killed, nobody wrote
     set_stopped(folder, e, f"process {ranks['rank']} of {ranks['world']}: " if ranks else '')
 
 # %% ../nbs/36_training.ipynb #eac23cb4
