@@ -61,8 +61,9 @@ def pretend(e, step):
 
 
 def test_an_experiment_killed_on_the_way_is_continued_to_the_whole_table(start, tmp_path):
-    place = tmp_path/'whole'
-    child = start(place, **TINY)
+    # epochs enough that one is cut: the kernel ends some seconds after papermill is killed
+    place, given = tmp_path/'whole', TINY | dict(pretrain=TINY['pretrain'] | dict(epochs=16, epoch_images=128))
+    child = start(place, **given)
     first, broken = place/'rcdb1k_deit_tiny', place/'visualatom1k_vit_tiny'/'pretrain-0'
     wait_for(lambda: (broken/'summary.csv').exists() or child.poll() is not None)
     assert child.poll() is None, f'ended by itself with {child.returncode}: {child.communicate()[0]}'
@@ -72,7 +73,7 @@ def test_an_experiment_killed_on_the_way_is_continued_to_the_whole_table(start, 
     assert RunFolder(place).state == 'interrupted' and json.loads((broken/'step.json').read_text())['state'] == 'begun'
     done = {p: p.stat().st_mtime_ns for p in first.rglob('*') if p.is_file()}
 
-    printed = (child := start(place, **TINY)).communicate(timeout=900)[0]
+    printed = (child := start(place, **given)).communicate(timeout=900)[0]
     assert child.returncode == 0, printed
     assert {p: p.stat().st_mtime_ns for p in first.rglob('*') if p.is_file()} == done, 'a finished step was touched'
     assert printed.count('done before') == 3 and '4/8 visualatom1k_vit_tiny/pretrain-0\n' in printed
