@@ -33,6 +33,7 @@ FAMILIES = (
     Family('onepfrac', naive.plane, 12),
     Family('exfractaldb', naive.space, 48),     # places far apart: each image pays for its whole cloud
     Family('mvfractaldb', naive.space, 48),
+    Family('ofdb3d', naive.space, 48),
 )
 
 
