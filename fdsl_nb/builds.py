@@ -27,7 +27,7 @@ from .runs import KNOBS, configuration, declared_values, run_folder
 def source_for(values:dict, folder:RunFolder) -> Formula|tuple:
     "The formula, or (name, split), that a build's parameters mean; `ValueError` for a formula's knob without a formula."
     if is_formula(values['dataset']):
-        asked = {k: values.get(k) for k in ('dataset', 'budget', 'seed', 'knobs', *KNOBS)}
+        asked = {k: values[k] for k in ('dataset', 'budget', 'seed', 'knobs', *KNOBS) if values.get(k) is not None}
         return formula(values['dataset'], **configuration('pretrain', asked, folder)['knobs'].value)
     given = next((k for k in (*KNOBS, 'knobs') if values.get(k) is not None), None)
     if given: raise ValueError(f'{given}={values[given]!r} is for formulas, and dataset={values["dataset"]!r} is none; leave it out')

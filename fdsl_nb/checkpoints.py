@@ -18,7 +18,7 @@ from timm.models import clean_state_dict, load_state_dict_from_hf, save_for_hf
 from timm.models._hub import generate_readme, load_state_dict_from_path
 from timm.utils import get_state_dict, unwrap_model
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
-from .folder import whole_file
+from .folder import remove_drafts, whole_file
 from .models import RESIZE_MODES, current_name, head_names, resize_position_embedding, zero_head
 from .settings import did_you_mean
 
@@ -51,8 +51,7 @@ def _write_safely(content, file):
 # %% ../nbs/31_checkpoints.ipynb #834f1964
 def _make_room(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    for file in path.parent.iterdir():
-        if re.fullmatch(rf'\.{re.escape(path.name)}\.\w{{8}}', file.name): file.unlink(missing_ok=True)
+    remove_drafts(path.parent, [path.name])
 
 # %% ../nbs/31_checkpoints.ipynb #08c9c9d1
 def save_checkpoint(

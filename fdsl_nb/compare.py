@@ -66,7 +66,7 @@ def find_runs(root, deep:int=4) -> list:
         if 'status.json' in files: found.append(Path(place))
         # what a build wrote may be thousands of class folders
         too_deep = len(Path(place).relative_to(root).parts) >= deep
-        folders[:] = [] if too_deep else [f for f in folders if f not in ('data', 'wandb') and not f.startswith('.')]
+        folders[:] = [] if too_deep else [f for f in folders if f not in ('data', 'wandb') and not f.startswith(('.', 'replaced-'))]
     return sorted(found, key=lambda p: (-(p/'status.json').stat().st_mtime, str(p)))
 
 # %% ../nbs/40b_compare.ipynb #0e00b921

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 import pandas as pd, yaml
 from .settings import Resolved, did_you_mean
-from .folder import RunFolder, read_summary, refuse_other_run, set_status, set_stopped, whole_file, write_config
+from .folder import RunFolder, read_summary, refuse_other_run, set_aside, set_status, set_stopped, whole_file, write_config
 from .datasets import is_formula, open_dataset
 from .plan import Recipe
 from .recipes import FINETUNE, PRETRAIN, recipe
 from .distributed import found_ranks
-from .training import FREE, clear, read_result
-from .runs import KNOBS, NOTEBOOKS, check_parameters, configuration, declared_values, find_notebook, run_folder
+from .training import FREE, read_result
+from .runs import KNOBS, NOTEBOOKS, check_parameters, configuration, declared_values, find_notebook, given_values, run_folder
 from .report import kept, show_ends, summarise
 
 # %% ../nbs/45_experiments.ipynb #adbc4bee
@@ -147,6 +147,7 @@ class Experiment:
     folder: RunFolder
     values: dict          # parameters of `reproduce.ipynb`
     steps: list
+    given: tuple = ()     # names of the parameters that somebody gave
     def place(self, step:Step) -> Path: return self.folder.file(step.name)
     def told(self, step:Step) -> dict:
         group = dict(wandb_group=self.folder.path.resolve().name) if step.notebook in ('pretrain', 'finetune') else {}
@@ -181,14 +182,14 @@ def refuse_other_steps(e:Experiment):
         then, now = read_step(e, step)['parameters'], step.parameters
         differ = [k for k in then | now if then.get(k) != now.get(k) and k not in FREE]
         how = f'{differ[0]}={then.get(differ[0])!r} there, {differ[0]}={now.get(differ[0])!r} here' if differ else 'from other weights or images'
-        raise ValueError(f'{e.place(step)} holds another {step.notebook} step: {how}; choose another folder, or pass restart=True to replace it and what follows from it')
+        raise ValueError(f'{e.place(step)} holds another {step.notebook} step: {how}; choose another folder, or pass restart=True to set it and what follows from it aside')
 
 # %% ../nbs/45_experiments.ipynb #166de195
-def planned(values:dict, folder:RunFolder) -> Experiment:
+def planned(values:dict, folder:RunFolder, given:tuple=()) -> Experiment:
     "The experiment that the parameters mean; raises what is wrong with them, with the data or with the folder."
     if values['seeds'] < 1: raise ValueError(f"seeds={values['seeds']}: at least one is needed; write 1")
     if found_ranks(): raise ValueError(f"{found_ranks()['launcher']} started several processes; start reproduce.ipynb once, with processes={found_ranks()['world']}")
-    e = Experiment(folder, values, plan_steps(values))
+    e = Experiment(folder, values, plan_steps(values), given)
     for step in e.steps: check_parameters(step.notebook, step.parameters)
     published_beside(values)
     open_dataset(values['finetune_data'], data=(values['finetune'] or {}).get('data') or '')
@@ -205,7 +206,7 @@ def start_experiment(
     try:
         values = declared_values('reproduce', namespace)
         names = values['recipe'] if isinstance(values['recipe'], list) else values['recipe'].split(',')
-        return planned(values | dict(recipe=','.join(name.strip() for name in names)), folder)
+        return planned(values | dict(recipe=','.join(name.strip() for name in names)), folder, tuple(given_values('reproduce', namespace)))
     except Exception as error:
         if folder.state in ('new', 'failed'): set_stopped(folder, error)
         raise
@@ -244,7 +245,7 @@ def _cause(folder, log):
 def carry_out(e:Experiment, step:Step, run=run_notebook):
     "Runs a step that is not done, and records that it is."
     state = state_of(e, step)
-    if state == 'other' or state == 'begun' and e.values['restart']: clear(RunFolder(e.place(step)))
+    if state == 'other' or state == 'begun' and e.values['restart']: set_aside(RunFolder(e.place(step)), also=('data',) if step.notebook == 'build' else ())
     write_step(e, step, 'begun')
     run(e, step)
     write_step(e, step, 'done')
@@ -255,8 +256,7 @@ def run_experiment(
     run=run_notebook,     # what runs a step
 ) -> pd.DataFrame:        # of `results`
     "Carries out what is not done, in order; the first failure ends it, and what was finished stays."
-    declared = {f.name: f.default for f in fields(NOTEBOOKS['reproduce'])}
-    write_config(e.folder, {k: Resolved(v, 'default' if v == declared[k] else 'parameter') for k, v in e.values.items()} | dict(stage=Resolved('reproduce', 'notebook')))
+    write_config(e.folder, {k: Resolved(v, 'parameter' if k in e.given else 'default') for k, v in e.values.items()} | dict(stage=Resolved('reproduce', 'notebook')))
     try:
         set_status(e.folder, 'running')
         for number, step in enumerate(e.steps, 1):
@@ -291,7 +291,7 @@ def experiment_table(e:Experiment) -> pd.DataFrame:
     table = summarise(runs)
     if published: table['published'] = [published.get(start) for start in table.index]
     for name, text in {'results.csv': runs.to_csv(index=False), 'table.csv': table.to_csv(), 'table.md': as_markdown(table)}.items():
-        with whole_file(e.folder.file(name), 'w') as f: f.write(text)
+        with whole_file(e.folder.output(name), 'w') as f: f.write(text)
     return table
 
 # %% ../nbs/45_experiments.ipynb #fb4efeb5

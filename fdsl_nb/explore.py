@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SLIDER_ENDS', 'VARIED', 'MEASURES', 'TYPED', 'png_bytes', 'slider_range', 'changed', 'presets', 'as_command',
            'as_python', 'save_image', 'tiled', 'window', 'contact_sheet', 'network_views', 'cut_into_patches',
-           'knob_values', 'knob_draws', 'show_knob', 'control', 'someone_watches', 'LiveOrStill', 'Explorer', 'explore',
-           'ExplorerPair', 'explore_pair']
+           'knob_values', 'knob_draws', 'show_knob', 'control', 'meant', 'someone_watches', 'LiveOrStill', 'Explorer',
+           'explore', 'ExplorerPair', 'explore_pair']
 
 # %% ../nbs/40_explore.ipynb #d0f9bd07
 import base64, html, io, math, shlex, time
@@ -261,6 +261,18 @@ def control(
     if isinstance(default, int): return widgets.IntSlider(min=low, max=high, **common)
     return widgets.FloatSlider(min=low, max=high, step=step, readout_format='.4g', **common)
 
+# %% ../nbs/40_explore.ipynb #699a3605
+def meant(
+    widget:widgets.Widget,# of `control`
+    given,                # the value it was made with
+):
+    "The value that a widget stands for: the given one, while a slider is at the line of its grid nearest to that."
+    if not isinstance(widget, widgets.FloatSlider): return widget.value
+    steps = lambda value: (value - widget.min) / widget.step
+    here, there = steps(widget.value), round(steps(given))
+    if widget.value == given or abs(here - there) < 1e-6: return given
+    return float(f'{widget.value:.12g}')
+
 # %% ../nbs/40_explore.ipynb #6496723a
 def someone_watches() -> bool:
     "Is this cell run by a front end with a person before it? False under papermill, in tests, and outside Jupyter."
@@ -281,7 +293,7 @@ class Explorer(LiveOrStill):
         pages:bool=True,      # with contact sheet, views, histograms and texts?
         **settings,           # knobs that differ from their defaults
     ):
-        self.formula, self.quiet, self.controls, wide = formula(name, **settings), False, {}, widgets.Layout(width='23em')
+        self.formula, self.quiet, self.controls, self.taken, wide = formula(name, **settings), False, {}, {}, widgets.Layout(width='23em')
         self.family = widgets.Dropdown(options=list(dict.fromkeys([*formulas(), name])), value=name, description='family', layout=wide)
         self.preset = widgets.Dropdown(description='preset', layout=wide)
         self.cls, self.instance = (widgets.IntSlider(0, 0, 0, description=d, layout=wide) for d in ('class', 'instance'))
@@ -309,6 +321,7 @@ def take(self:Explorer, name:str, **settings):
     "Shows family `name` with these knobs, the others at their defaults."
     with self._quietly():
         self.controls = {r['name']: control(r, settings.get(r['name'])) for r in knobs(formula_class(name))}
+        self.taken = {each: w.value for each, w in self.controls.items()}
         for each in self.controls.values(): each.observe(self.draw, 'value')
         old, self.panel.children = self.panel.children, sorted(self.controls.values(), key=lambda w: w.description in TYPED)
         for each in old: each.close()
@@ -324,8 +337,7 @@ def take(self:Explorer, name:str, **settings):
 @patch(as_prop=True)
 def settings(self:Explorer) -> dict:
     "The knobs that differ from the family's defaults."
-    found = changed(self.family.value, {name: w.value for name, w in self.controls.items()})
-    return {name: float(f'{v:.12g}') if isinstance(v, float) else v for name, v in found.items()}
+    return changed(self.family.value, {name: meant(w, self.taken.get(name, w.value)) for name, w in self.controls.items()})
 
 # %% ../nbs/40_explore.ipynb #99b74e1b
 @patch

@@ -13,7 +13,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 import yaml
 from .settings import machine_settings
-from .folder import whole_file
+from .folder import remove_drafts, whole_file
 from .formula import Formula
 from .shards import Plan, Stored, encode
 from .build import Job, contact_sheet, describe, explained, extra_module, finished, locked, make_plan, open_executor, opened, pixels, print_progress
@@ -103,11 +103,17 @@ def parquet_card(job:Job) -> str:
     names = {str(c): name for c, name in enumerate(class_names(plan))}
     info = dict(features=[dict(name='image', dtype='image'), dict(name='label', dtype={'class_label': {'names': names}})])
     header = dict(task_categories=['image-classification'], configs=[dict(config_name='default', data_files=[dict(split='train', path='data/train-*')])], dataset_info=info)
-    if not isinstance(source, Formula) and (Path(source[0])/'manifest.json').is_file(): source = source_of(source[0])
+    if not isinstance(source, Formula) and (Path(source[0])/'manifest.json').is_file(): source = _origin(source)
     is_formula = isinstance(source, Formula)
     title, about = (source.name, type(source).__doc__.split('\n')[0]) if is_formula else (Path(source[0]).name, f'A copy of its {source[1]} split.')
     return CARD.format(header=yaml.safe_dump(header, sort_keys=False), title=title, about=about,
         images=len(plan), classes=plan.classes, version=describe(job)['versions']['fdsl_nb'])
+
+def _origin(source):
+    "What a build was made from, for a card; the build itself where its manifest names what no file may name."
+    try: return source_of(source[0])
+    except ValueError: return source
+
 
 # %% ../nbs/21b_parquet.ipynb #20acc6ce
 def export_parquet(
@@ -134,7 +140,7 @@ def _write_all(job, done, workers, executor, progress):
     out, total, started = Path(job.out), len(job.plan), time.monotonic()
     (out/'data').mkdir(parents=True, exist_ok=True)
     with locked(out), open_executor(workers=0 if executor else workers) as own:
-        for draft in (out/'data').glob('.*'): draft.unlink()        # of an export that was killed
+        remove_drafts(out/'data', {Path(part_file(job.plan, p)).name for p in range(job.plan.parts)})        # of an export that was killed
         with whole_file(out/'contact_sheet.png') as f: contact_sheet(job.source, job.plan).save(f, 'PNG')
         with whole_file(out/'README.md', 'w') as f: f.write(parquet_card(job))
         before = count = sum(len(job.plan.places(p)) for p in done)

@@ -26,8 +26,7 @@ def kept(figure, config:dict, name:str):
     "Saves a figure as `name` in the run's folder (process 0 does) and returns it."
     folder, ranks = Path(config['folder'].value), found_ranks()
     if ranks and ranks['rank']: return figure
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder/name, dpi=100)
+    figure.savefig(RunFolder(folder).output(name), dpi=100)
     return figure
 
 # %% ../nbs/42_report.ipynb #82fda5a9

@@ -6,8 +6,8 @@
 __all__ = ['NOTEBOOKS', 'KNOBS', 'USAGE', 'parameter', 'WhatParameters', 'HowParameters', 'WhereParameters', 'PretrainParameters',
            'FinetuneParameters', 'ExploreParameters', 'SourceParameters', 'BuildParameters', 'ExaminedParameters',
            'EvaluateParameters', 'BrowseParameters', 'ReproduceParameters', 'check_parameters', 'injected',
-           'declared_values', 'executed_path', 'run_folder', 'where_it_runs', 'options_of', 'configuration',
-           'start_run', 'show_configuration', 'find_notebook', 'asked_for', 'planned_command', 'main']
+           'declared_values', 'given_values', 'executed_path', 'run_folder', 'where_it_runs', 'options_of',
+           'configuration', 'start_run', 'show_configuration', 'find_notebook', 'asked_for', 'planned_command', 'main']
 
 # %% ../nbs/41_runs.ipynb #0f930120
 import ast, hashlib, json, os, sys
@@ -17,10 +17,10 @@ from pathlib import Path
 import pandas as pd, psutil, yaml
 from papermill.cli import papermill as papermill_command, _resolve_type
 from .settings import Resolved, did_you_mean, machine_settings
-from .datasets import open_dataset
-from .folder import RunFolder, set_stopped
+from .datasets import is_formula, open_dataset
+from .folder import RunFolder, read_config, set_aside, set_stopped
 from .plan import Recipe
-from .recipes import recipe_listing, resolve
+from .recipes import recipe, recipe_listing, resolve
 from .distributed import found_ranks
 from .training import RUN, architecture_of
 from .validation import examination, open_examined
@@ -72,7 +72,7 @@ class WhereParameters:
     processes: int = parameter(None, 'processes on this machine')
     workers: int = parameter(None, 'worker processes that load images')
     run: str = parameter(None, 'name of the run folder (None for the folder of the executed notebook)')
-    restart: bool = parameter(False, 'replace the run that the folder holds instead of continuing it')
+    restart: bool = parameter(False, 'set aside the run that the folder holds, and begin anew')
     history: int = parameter(None, 'checkpoints of single epochs to keep, the best ones')
     hold: int = parameter(None, 'keep every N-th epoch for good')
     recovery: int = parameter(None, 'also save every N steps within an epoch')
@@ -159,7 +159,7 @@ class EvaluateParameters(ExaminedParameters):
     processes: int = parameter(None, 'processes on this machine')
     workers: int = parameter(None, 'worker processes that load images')
     run: str = parameter(None, 'name of the run folder (None for the folder of the executed notebook)')
-    restart: bool = parameter(False, 'replace the evaluation that the folder holds')
+    restart: bool = parameter(False, 'set aside the evaluation that the folder holds, and begin anew')
 
 # %% ../nbs/41_runs.ipynb #a6ec594a
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class ReproduceParameters:
     processes: int = parameter(None, 'processes on this machine, in each step')
     workers: int = parameter(None, 'worker processes that load or write images')
     run: str = parameter(None, 'name of the folder of it all (None for the folder of the executed notebook)')
-    restart: bool = parameter(False, 'replace steps that changed or were not finished, and what follows from them')
+    restart: bool = parameter(False, 'set aside steps that changed or were not finished, and what follows from them, and run them anew')
 
 # %% ../nbs/41_runs.ipynb #95dc7cca
 NOTEBOOKS = dict(pretrain=PretrainParameters, finetune=FinetuneParameters, evaluate=EvaluateParameters, explore=ExploreParameters, build=BuildParameters,
@@ -227,6 +227,12 @@ def declared_values(notebook:str, namespace:dict) -> dict:
     "The values in the notebook of all declared parameters, checked together with papermill's."
     declared = [f.name for f in fields(NOTEBOOKS[notebook])]
     return check_parameters(notebook, {**{n: namespace[n] for n in declared if n in namespace}, **injected(namespace)})
+
+def given_values(notebook:str, namespace:dict) -> dict:
+    "The parameters that somebody gave: all that papermill injected, also where they equal the default, and what was changed in the cell. None means not given."
+    declared, values = {f.name: f.default for f in fields(NOTEBOOKS[notebook])}, declared_values(notebook, namespace)
+    told = injected(namespace)
+    return {k: v for k, v in values.items() if v is not None and (k in told or v != declared[k])}
 
 # %% ../nbs/41_runs.ipynb #5e74d4e6
 def executed_path() -> Path|None:
@@ -272,21 +278,20 @@ def options_of(notebook:str, given:dict) -> dict:
 # %% ../nbs/41_runs.ipynb #cdbfe8b3
 def configuration(
     notebook:str,
-    values:dict,          # name → value of the parameters
+    given:dict,           # name → value of the parameters that somebody gave
     folder:RunFolder,
 ) -> dict:                # name → `Resolved`: fields of a `Recipe` and of `RUN`
     "Recipe, budget, checkpoint, machine and parameters as one configuration, each value with its source."
-    declared = {f.name: f.default for f in fields(NOTEBOOKS[notebook])}
-    given = {k: v for k, v in values.items() if v != declared[k]}
-    given |= options_of(notebook, given)
+    given = {k: v for k, v in given.items() if v is not None} | options_of(notebook, given)
     ends = dict(stage=Resolved(notebook, 'notebook'), folder=Resolved(str(folder.path), 'output'))
     if notebook == 'evaluate': return examination(given) | {k: v for k, v in where_it_runs(given).items() if k in ('workers', 'processes', 'restart')} | ends
     own = {f.name for f in fields(Recipe)} - {'knobs'}
-    knobs = {k: given[k] for k in ('seed', *KNOBS) if k in given and notebook == 'pretrain'} | given.get('knobs', {})
-    config = resolve(notebook, {k: v for k, v in given.items() if k in own} | ({'knobs': knobs} if knobs else {}), given.get('recipe'), values.get('budget', 'demo'))
-    if given.get('weights'):
-        brought = {k: Resolved(v, 'checkpoint') for k, v in architecture_of(given['weights']).items() if k not in given}
-        config |= brought if 'model' not in given else {}
+    about = given.get('dataset') or recipe(given.get('recipe'), notebook).dataset
+    named = (*KNOBS, *['seed'] * is_formula(about)) if notebook == 'pretrain' else ()
+    knobs = {k: given[k] for k in named if k in given} | given.get('knobs', {})
+    config = resolve(notebook, {k: v for k, v in given.items() if k in own} | ({'knobs': knobs} if knobs else {}), given.get('recipe'), given.get('budget', 'demo'))
+    if given.get('weights') and 'model' not in given:
+        config |= {k: Resolved(v, 'checkpoint') for k, v in architecture_of(given['weights']).items() if k not in given}
     if 'model' in given and 'model_options' not in given: config['model_options'] = Resolved({}, 'parameter model')
     return config | where_it_runs(given) | ends
 
@@ -298,16 +303,21 @@ def start_run(
     "Checks the notebook's parameters and makes its configuration; any slip is recorded as a failed run and raised."
     folder = run_folder(notebook, {k: namespace.get(k) for k in ('run', 'dataset', 'weights')})
     try:
-        values = declared_values(notebook, namespace)
-        config = configuration(notebook, values, folder)
+        config = configuration(notebook, given_values(notebook, namespace), folder)
         if notebook == 'evaluate': open_examined({k: v.value for k, v in config.items()})
         else: open_dataset(config['dataset'].value, data=config['data'].value, **config['knobs'].value)
+        if config['restart'].value: _begin_anew(notebook, folder, config)
         return config
     except Exception as e:
         if folder.state in ('new', 'failed'): set_stopped(folder, e)
         raise
 
 # %% ../nbs/41_runs.ipynb #0a3f3530
+def _begin_anew(notebook, folder, config):
+    "Sets aside the run in the folder; an examination does so with examinations only."
+    if (found_ranks() or {}).get('rank') or notebook == 'evaluate' and read_config(folder).get('stage', notebook) != notebook: return
+    set_aside(folder, [config[k].value for k in ('weights', 'dataset', 'data') if config[k].value])
+
 def show_configuration(config:dict) -> pd.DataFrame:
     "The configuration as a table: what it is, what was given by hand, what the checkpoint brought, then the rest by source."
     first = ['name', 'paper', 'cost', 'expected']

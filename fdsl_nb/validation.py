@@ -16,30 +16,33 @@ import numpy as np, timm, torch
 from timm.data import ImageNetInfo, resolve_model_data_config
 from timm.models import get_pretrained_cfg
 from .augment import Augmentation, eval_transform
-from .checkpoints import CheckpointError, load_weights, read_checkpoint
+from .checkpoints import CheckpointError, load_weights
 from .datasets import eval_loader, open_dataset
 from .distributed import found_ranks, join, launch, rank, total, world
 from .evaluate import Answers, ask, per_class, published_top1, real_top1
-from .folder import RunFolder, read_config, refuse_other_run, set_status, set_stopped, whole_file, write_config
+from .folder import RunFolder, read_config, refuse_foreign, refuse_other_run, set_aside, set_status, set_stopped, whole_file, write_config
 from .models import create_model, current_name
 from .multilabel import evaluate_labels
 from .plan import Recipe
 from .settings import Resolved, did_you_mean
-from .training import open_splits, read_recipe, read_result
+from .training import checkpoint_settings, open_splits, read_recipe, read_result
 
 # %% ../nbs/36a_validation.ipynb #4e6a1a25
 TRAINING_ONLY = ('scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'auto_augment', 'erasing', 'erasing_mode', 'erasing_count', 'aug_splits')
 PREPARED = tuple(f.name for f in fields(Augmentation) if f.name not in TRAINING_ONLY)
 EXAMINED = dict(dataset='', data='', hold_out=0.0, knobs={}, split='', labels='dataset', metric='exact', model='', model_options={}, ema=False, batch=256, precision='float32')
 
-def brought(weights:str) -> dict:
-    "What a checkpoint says of itself, field of a `Recipe` → value: everything, how images are prepared, or nothing."
+def brought(
+    weights:str,          # file or address
+    typed=(),             # what somebody named, so that the checkpoint need not
+) -> dict:
+    "What a checkpoint says of itself, field of a `Recipe` → value: everything, how images are prepared, or nothing; `ValueError` for what no file may name."
     if weights.startswith(('local-dir:', 'hf-hub:')):
         data = resolve_model_data_config(timm.create_model(weights, pretrained=False))
         found = data | dict(model=weights, image_size=data['input_size'][-1], crop=data['crop_pct'])
     else:
-        found = getattr(read_checkpoint(weights).get('args'), '__dict__', {})
-        if 'model_options' not in found: return {}
+        found = checkpoint_settings(weights, typed)
+        if not found: return {}
     return {k: found[k] for k in ('model', 'model_options', 'dataset', 'data', 'hold_out', 'knobs', *PREPARED) if k in found}
 
 # %% ../nbs/36a_validation.ipynb #ab6085f4
@@ -65,7 +68,8 @@ def examination(
     if not weights: raise ValueError('weights=None: name the checkpoint to examine, for example -p weights runs/digits/last.pth.tar')
     for k in transform:
         if k not in PREPARED: raise ValueError(f'transform={k!r} is not known' + did_you_mean(k, PREPARED))
-    own, taken = brought(weights), {k: v for k, v in given.items() if k in (*EXAMINED, *PREPARED)} | transform
+    taken = {k: v for k, v in given.items() if k in (*EXAMINED, *PREPARED)} | transform
+    own = brought(weights, taken)
     if taken.get('dataset', own.get('dataset')) != own.get('dataset'): own = {k: v for k, v in own.items() if k not in ('knobs', 'data', 'hold_out')}
     elif taken.get('knobs'): taken['knobs'] = own.get('knobs', {}) | taken['knobs']
     if taken.get('model', own.get('model')) != own.get('model'): own.pop('model_options', None)
@@ -159,9 +163,9 @@ def _real(a, data):
 def write_answers(folder:RunFolder, a:Answers, classes:list=None):
     "Writes `answers.npz`, and `classes.csv` where the classes are those that were answered."
     folder.path.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder.file('answers.npz')) as f: np.savez_compressed(f, best=a.best, labels=a.labels, losses=a.losses)
+    with whole_file(folder.output('answers.npz')) as f: np.savez_compressed(f, best=a.best, labels=a.labels, losses=a.losses)
     if classes:
-        with whole_file(folder.file('classes.csv'), 'w') as f: per_class(a, classes).to_csv(f)
+        with whole_file(folder.output('classes.csv'), 'w') as f: per_class(a, classes).to_csv(f)
 
 # %% ../nbs/36a_validation.ipynb #5deceb76
 LEFT = ('status.json', 'config.json', 'environment.txt', 'result.json', 'answers.npz', 'classes.csv')
@@ -174,9 +178,10 @@ def run_validation(
     values, ranks = {k: v.value for k, v in config.items()}, found_ranks()
     folder = RunFolder(values['folder'])
     if ranks and ranks['rank']: return read_result(folder) if folder.state == 'done' and not values['restart'] else validate(values)
-    if values['restart'] and read_config(folder).get('stage', 'evaluate') == 'evaluate':
-        for name in LEFT: folder.file(name).unlink(missing_ok=True)
-    refuse_other_run(folder, values, FREE)
+    own = read_config(folder).get('stage', 'evaluate') == 'evaluate'
+    if values['restart'] and own: set_aside(folder, [values['weights']])
+    refuse_other_run(folder, values, FREE, replaceable=own)
+    refuse_foreign(folder, LEFT)
     return read_result(folder) if folder.state == 'done' else _recorded(folder, config, values)
 
 # %% ../nbs/36a_validation.ipynb #6df1e9be
@@ -185,7 +190,7 @@ def _recorded(folder, config, values):
         write_config(folder, config)
         set_status(folder, 'running')
         result = launch('fdsl_nb.validation:validate', values, values['processes'])
-        with whole_file(folder.file('result.json'), 'w') as f: json.dump(result, f)
+        with whole_file(folder.output('result.json'), 'w') as f: json.dump(result, f)
         set_status(folder, 'done')
         return result
     except BaseException as e:

@@ -107,7 +107,7 @@ def test_parameter_table_has_every_class(f):
 def test_shard_bytes_become_images(tmp_path):
     plan = make_plan(SMALL, 'shards', shard_bytes=60_000)
     make(tmp_path/'out', layout='shards', shard_bytes=60_000)
-    assert all(40_000 < size < 80_000 for *_, size, _ in read_lines(tmp_path/'out')[:-1]) and plan.parts > 2
+    assert all(40_000 < size < 80_000 for *_, size, _ in read_lines(tmp_path/'out', plan)[:-1]) and plan.parts > 2
 
 def test_a_plan_of_21_million_is_arithmetic():
     plan, started = Plan('shards', 'zstd', 21_000, 1000, shard_images=10_000), time.perf_counter()

@@ -98,3 +98,9 @@ def test_commands_of_the_pages_name_parameters_that_exist():
         _, _, notebook, *words = shlex.split(command.split('  #')[0].replace(' …', ' x'), comments=True)
         check_parameters(notebook, asked_for(words))
     assert len(commands) > 15
+
+
+@pytest.mark.parametrize('path', [*PAGES, ROOT/'README.md', *sorted((ROOT/'nbs').glob('*.ipynb'))], ids=lambda p: p.stem)
+def test_an_exported_network_is_opened_with_its_weights(path):
+    calls = re.findall(r"create_model\('local-dir:[^\n]*", path.read_text('utf-8'))
+    assert [call for call in calls if 'pretrained=True' not in call] == [], 'without pretrained=True timm makes random weights'

@@ -394,7 +394,7 @@ def test_the_run_notebook(weights, examined, tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path/'result.json').read_text())
     assert result['correct'] == examined[1]['correct'] and RunFolder(tmp_path).state == 'done'
-    assert {p.name for p in tmp_path.iterdir()} == {'evaluate.ipynb', 'answers.npz', 'classes.csv', 'config.json', 'environment.txt', 'result.json', 'status.json',
+    assert {p.name for p in tmp_path.iterdir()} == {'evaluate.ipynb', 'answers.npz', 'classes.csv', 'config.json', 'environment.txt', 'files.txt', 'result.json', 'status.json',
         'confusion.png', 'mistakes.png'}
     config = json.loads((tmp_path/'config.json').read_text())
     assert config['metric'] == dict(value='published', source='parameter') and config['model']['source'] == 'checkpoint'

@@ -1,5 +1,6 @@
 """The explorer: what its sliders say is what is drawn, written down and run; and who gets a picture instead of sliders."""
 
+import math
 import base64, io, json, shlex, subprocess, sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -167,6 +168,29 @@ def test_every_control_reaches_the_picture(name):
     explorer.cls.value = 5
     explorer.controls['seed'].value = 1
     assert explorer.settings == dict(size=48, seed=1) and np.array_equal(pixels(explorer.picture.value), shown(explorer))
+
+@each_family
+def test_drawing_a_slider_changes_nothing(name):
+    explorer = Explorer(name, pages=False, size=48)
+    before = explorer.formula
+    for label, widget in explorer.controls.items():
+        if not isinstance(widget, ipywidgets.FloatSlider): continue
+        exact = widget.value
+        snapped = widget.min + round((exact - widget.min) / widget.step) * widget.step      # as a browser does when it draws the slider
+        widget.value = snapped
+        assert explorer.formula == before and label not in explorer.settings
+        widget.value = snapped + widget.step if snapped + widget.step <= widget.max else snapped - widget.step
+        assert label in explorer.settings
+        widget.value = snapped
+
+def test_pi_stays_pi():
+    explorer = Explorer('mvfractaldb', pages=False)
+    assert explorer.controls['jitter'].value == math.pi
+    explorer.controls['jitter'].value = 3.1
+    assert explorer.formula.jitter == math.pi and explorer.settings == {}
+    explorer.take('mvfractaldb', jitter=1.23456789)
+    explorer.controls['jitter'].value = 1.2
+    assert explorer.settings == dict(jitter=1.23456789)
 
 def test_every_family_can_be_picked_and_its_presets():
     explorer = Explorer('rcdb')

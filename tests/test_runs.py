@@ -43,6 +43,16 @@ def weights(folder):
     return read_checkpoint(folder/'last.pth.tar')['state_dict']
 
 
+def test_what_is_given_counts_also_where_it_equals_the_default(tmp_path):
+    small = dict(classes=2, instances=8, batch=8, epochs=1, warmup_epochs=0)
+    done = papermill('pretrain', tmp_path/'run', recipe='visualatom1k_vit_tiny', dataset='rcdb', seed=0, **small)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path/'run'/'config.json').read_text())
+    assert config['dataset'] == dict(value='rcdb', source='parameter') and config['name']['value'] == 'visualatom1k_vit_tiny'
+    assert config['seed'] == dict(value=0, source='parameter')
+    assert config['knobs']['value'].get('start_range') == 100      # RCDB's demo
+
+
 def assert_same_weights(one, other):
     one, other = weights(one), weights(other)
     assert one.keys() == other.keys()
