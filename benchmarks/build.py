@@ -8,15 +8,15 @@ Prints images/s for drawing alone and for each layout on one core, the ratio of 
 
 import argparse, itertools, subprocess, sys, tempfile, time
 from pathlib import Path
-from fdsl_nb.build import build, local_executor
-from fdsl_nb.formula import formula
+from fdsl_nb.build.build import build, local_executor
+from fdsl_nb.formulas.formula import formula
 
 LAYOUTS = {'folder, PNG': {'layout': 'plain'}, 'shards, PNG': {'layout': 'shards', 'shard_images': 250}, 'shards, zstd': {'layout': 'shards', 'format': 'zstd', 'shard_images': 250}}
 
 PEAK = """
 import resource, sys
-from fdsl_nb.build import build
-from fdsl_nb.formula import formula
+from fdsl_nb.build.build import build
+from fdsl_nb.formulas.formula import formula
 build(formula('visualatom', classes=int(sys.argv[1]), instances=100, size=64), sys.argv[2], workers=0, progress=lambda *_: None, layout=sys.argv[3])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """

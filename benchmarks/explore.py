@@ -8,8 +8,8 @@ search for; the same knob with the contact sheet below brought up to date too; a
 
 import argparse, io, statistics, time
 from matplotlib.figure import Figure
-from fdsl_nb.explore import Explorer
-from fdsl_nb.formula import formula, formulas
+from fdsl_nb.app.explore import Explorer
+from fdsl_nb.formulas.formula import formula, formulas
 
 LIMIT = 60                      # ms, what a hand takes for "at once"
 KNOBS = dict(rcdb='drift', visualatom='drift', fractaldb='weight', ofdb2d='points', onepfrac='delta', exfractaldb='far', mvfractaldb='far', ofdb3d='far')

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torchvision.transforms.v2 import CenterCrop, Compose, PILToTensor
-from fdsl_nb.augment import train_transform
-from fdsl_nb.build import build
-from fdsl_nb.datasets import EpochBatches, FormulaDataset, open_dataset, train_loader
-from fdsl_nb.formula import formula
-from fdsl_nb.recipes import recipe
-from fdsl_nb.streams import ShardStream, stream_loader
+from fdsl_nb.data.augment import train_transform
+from fdsl_nb.build.build import build
+from fdsl_nb.data.datasets import EpochBatches, FormulaDataset, open_dataset, train_loader
+from fdsl_nb.formulas.formula import formula
+from fdsl_nb.training.recipes import recipe
+from fdsl_nb.data.streams import ShardStream, stream_loader
 
 BATCH = 64
 

@@ -8,8 +8,8 @@ import math, random
 import numpy as np
 from PIL import Image, ImageDraw
 from fdsl_nb import ifs
-from fdsl_nb.ifs3d import FOCAL, weight_table, weighted
-from fdsl_nb.raster import PERMUTATION
+from fdsl_nb.formulas.ifs3d import FOCAL, weight_table, weighted
+from fdsl_nb.core.raster import PERMUTATION
 
 
 # Contours: RCDB and VisualAtom (11_contours)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 from PIL import Image
-from fdsl_nb.formula import formula
+from fdsl_nb.formulas.formula import formula
 import naive
 
 try: import zstandard

@@ -14,9 +14,9 @@ from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from fdsl_nb.learner import fdsl_learner
-from fdsl_nb.models import create_model
-from fdsl_nb.plan import Recipe
+from fdsl_nb.training.learner import fdsl_learner
+from fdsl_nb.models.models import create_model
+from fdsl_nb.training.plan import Recipe
 
 CASES = {
     'deit_tiny, 224 pixels': dict(image_size=224, batch=8),

@@ -10,11 +10,11 @@ import numpy as np
 from ipywidgets.embed import dependency_state, embed_data
 from PIL import Image
 
-from fdsl_nb.explore import png_bytes, tiled
-from fdsl_nb.formula import formula, formula_class, knobs as knobs_of
-from fdsl_nb.recipes import FINETUNE, PRETRAIN, Recipe
-from fdsl_nb.runs import NOTEBOOKS
-from fdsl_nb.settings import DEFAULTS
+from fdsl_nb.app.explore import png_bytes, tiled
+from fdsl_nb.formulas.formula import formula, formula_class, knobs as knobs_of
+from fdsl_nb.training.recipes import FINETUNE, PRETRAIN, Recipe
+from fdsl_nb.app.runs import NOTEBOOKS
+from fdsl_nb.core.settings import DEFAULTS
 from house import range_of
 
 HERE = Path(__file__).resolve().parent

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from fdsl_nb.formula import formula, formulas
+from fdsl_nb.formulas.formula import formula, formulas
 
 OUT = Path(__file__).parent/'images'
 SIDE = 120

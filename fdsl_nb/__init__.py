@@ -11,5 +11,5 @@ warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarn
 
 # numba compiles a kernel anew when its own file changes, not when a kernel that it calls does: every state of the package gets a cache of its own
 _here = pathlib.Path(__file__).parent
-_state = hashlib.sha256(b''.join(p.read_bytes() for p in sorted(_here.glob('*.py')))).hexdigest()[:12]
+_state = hashlib.sha256(b''.join(p.read_bytes() for p in sorted(_here.rglob('*.py')))).hexdigest()[:12]
 numba.config.CACHE_DIR = numba.config.CACHE_DIR or str(_here/'__pycache__'/f'kernels-{_state}')

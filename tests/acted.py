@@ -1,6 +1,6 @@
 """Runs on disk that nobody trained, for tests of what looks at runs."""
-from fdsl_nb.folder import RunFolder, add_epoch, log_event, set_status, write_config
-from fdsl_nb.settings import Resolved
+from fdsl_nb.core.folder import RunFolder, add_epoch, log_event, set_status, write_config
+from fdsl_nb.core.settings import Resolved
 
 
 def made(root, name, state='done', epochs=3, **settings):

@@ -3,7 +3,7 @@
 import struct
 from pathlib import Path
 import cramjam, torch
-from fdsl_nb.bundle import DTYPES, MAGIC, TEXT, VALUE, masked_crc
+from fdsl_nb.models.bundle import DTYPES, MAGIC, TEXT, VALUE, masked_crc
 
 NUMBERS = {dtype: number for number, dtype in DTYPES.items()}
 

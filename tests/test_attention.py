@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from fdsl_nb import explore
-from fdsl_nb.attention import as_input, attend, explore_attention, layer_maps, over_image, patch_map, rollout, show_attention, top_labels, watched
-from fdsl_nb.checkpoints import load_weights
-from fdsl_nb.datasets import DigitsDataset
-from fdsl_nb.models import create_model
+from fdsl_nb.app.attention import as_input, attend, explore_attention, layer_maps, over_image, patch_map, rollout, show_attention, top_labels, watched
+from fdsl_nb.models.checkpoints import load_weights
+from fdsl_nb.data.datasets import DigitsDataset
+from fdsl_nb.models.models import create_model
 
 GOLDEN = Path(__file__).parent/'golden'
 

@@ -16,9 +16,9 @@ import pytest
 from acted import epoch, made
 from PIL import Image
 
-from fdsl_nb.browser import RunBrowser, browse, look, report_links
-from fdsl_nb.compare import read_run
-from fdsl_nb.folder import RunFolder
+from fdsl_nb.app.browser import RunBrowser, browse, look, report_links
+from fdsl_nb.app.compare import read_run
+from fdsl_nb.core.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,7 +53,7 @@ def wait_for(what, seconds=20):
 
 def test_only_what_changed_is_read_again(root, monkeypatch):
     first, reads = look(root), []
-    monkeypatch.setattr('fdsl_nb.browser.read_run', lambda path: reads.append(path.name) or read_run(path))
+    monkeypatch.setattr('fdsl_nb.app.browser.read_run', lambda path: reads.append(path.name) or read_run(path))
     assert look(root, first) == first and reads == []
     epoch(RunFolder(root/'atoms'), 2)
     assert len(look(root, first)[root/'atoms'][1].epochs) == 3 and reads == ['atoms']
@@ -80,7 +80,7 @@ def test_status_of_any_damage_does_not_stop_a_look(root, opened):
 
 
 def test_a_run_whose_process_died_is_interrupted(root, opened):
-    code = f'import time; from fdsl_nb.folder import RunFolder, set_status; set_status(RunFolder({str(root/"atoms")!r}), "running"); print("up", flush=True); time.sleep(100)'
+    code = f'import time; from fdsl_nb.core.folder import RunFolder, set_status; set_status(RunFolder({str(root/"atoms")!r}), "running"); print("up", flush=True); time.sleep(100)'
     child = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert child.stdout.readline() == 'up\n'
     opened.look()
@@ -191,7 +191,7 @@ def test_no_thread_is_left(root):
 @pytest.mark.parametrize('person, kind', [(True, 'application/vnd.jupyter.widget-view+json'), (False, 'image/png')])
 def test_a_table_for_a_person_and_a_picture_for_a_program(kernel, root, person, kind):
     results = []
-    code = f'from fdsl_nb.browser import browse; b = browse({str(root)!r}); b'
+    code = f'from fdsl_nb.app.browser import browse; b = browse({str(root)!r}); b'
     kernel.execute_interactive(code, allow_stdin=person, stdin_hook=lambda message: None, timeout=120, output_hook=lambda message: results.append(message['content']))
     found = [r['data'] for r in results if 'text/plain' in r.get('data', ())]
     assert len(found) == 1 and kind in found[0], results

@@ -15,21 +15,21 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import PILToTensor
 import webdataset
 from fdsl_nb import build as building
-from fdsl_nb.build import build, local_executor, make_plan, open_executor, parameter_table, read_lines
-from fdsl_nb.builds import run_build, start_build, verify_build
-from fdsl_nb.checkpoints import read_checkpoint
-from fdsl_nb.contours import RCDB, VisualAtom
-from fdsl_nb.datasets import EpochBatches, FormulaDataset, open_dataset, train_loader
-from fdsl_nb.folder import RunFolder
-from fdsl_nb.ifs import FractalDB, OFDB2D, OnePFrac
-from fdsl_nb.ifs3d import ExFractalDB, MVFractalDB, OFDB3D
-from fdsl_nb.parquet import export_parquet, features, part_file
-from fdsl_nb.runs import configuration
-from fdsl_nb.settings import Resolved
-from fdsl_nb.shards import BuiltDataset, Plan, Shuffle, decode, encode, published_file
-from fdsl_nb.streams import ShardStream, share, spans, stream_loader
-from fdsl_nb.training import run_training
-from fdsl_nb.verify import repair, verify
+from fdsl_nb.build.build import build, local_executor, make_plan, open_executor, parameter_table, read_lines
+from fdsl_nb.app.builds import run_build, start_build, verify_build
+from fdsl_nb.models.checkpoints import read_checkpoint
+from fdsl_nb.formulas.contours import RCDB, VisualAtom
+from fdsl_nb.data.datasets import EpochBatches, FormulaDataset, open_dataset, train_loader
+from fdsl_nb.core.folder import RunFolder
+from fdsl_nb.formulas.ifs import FractalDB, OFDB2D, OnePFrac
+from fdsl_nb.formulas.ifs3d import ExFractalDB, MVFractalDB, OFDB3D
+from fdsl_nb.build.parquet import export_parquet, features, part_file
+from fdsl_nb.app.runs import configuration
+from fdsl_nb.core.settings import Resolved
+from fdsl_nb.data.shards import BuiltDataset, Plan, Shuffle, decode, encode, published_file
+from fdsl_nb.data.streams import ShardStream, share, spans, stream_loader
+from fdsl_nb.training.training import run_training
+from fdsl_nb.build.verify import repair, verify
 
 SMALL = OnePFrac(classes=6, instances=20, size=48, points=3000)      # no two of its images are alike
 LAYOUTS = [dict(layout='plain'), dict(layout='published'), dict(layout='shards', shard_images=32), dict(layout='shards', format='zstd', shard_images=50, seed=9),
@@ -230,8 +230,8 @@ def test_nothing_grows_with_the_data_set(tmp_path):
 
 SCRIPT = '''
 import sys
-from fdsl_nb.build import build, open_executor
-from fdsl_nb.contours import VisualAtom
+from fdsl_nb.build.build import build, open_executor
+from fdsl_nb.formulas.contours import VisualAtom
 if __name__ == '__main__':
     out, layout, workers, classes = sys.argv[1:]
     with open_executor(workers=int(workers)) as executor:

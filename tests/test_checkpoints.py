@@ -4,9 +4,9 @@ import argparse, os, pickle, signal, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, safetensors.torch, timm, torch
 from timm.utils import CheckpointSaver
-import fdsl_nb.checkpoints
-from fdsl_nb.checkpoints import CheckpointError, export_model, load_weights, read_checkpoint, read_weights, save_checkpoint
-from fdsl_nb.models import create_model, freeze, resize_position_embedding
+import fdsl_nb.models.checkpoints
+from fdsl_nb.models.checkpoints import CheckpointError, export_model, load_weights, read_checkpoint, read_weights, save_checkpoint
+from fdsl_nb.models.models import create_model, freeze, resize_position_embedding
 
 GOLDEN = Path(__file__).parent/'golden'
 ARCH = 'vit_tiny_patch16_224'
@@ -85,11 +85,11 @@ def test_wrapped_models_are_saved_and_loaded_bare(tmp_path):
 
 def test_hub_addresses_go_to_timm(monkeypatch):
     asked = []
-    monkeypatch.setattr(fdsl_nb.checkpoints, 'load_state_dict_from_hf', lambda where, weights_only: asked.append((where, weights_only)) or vit().state_dict())
+    monkeypatch.setattr(fdsl_nb.models.checkpoints, 'load_state_dict_from_hf', lambda where, weights_only: asked.append((where, weights_only)) or vit().state_dict())
     assert load_weights(vit(seed=1), 'hf-hub:someone/model').layout == 'hf-hub'
     assert asked == [('someone/model', True)]
     def offline(where, weights_only): raise OSError('no network')
-    monkeypatch.setattr(fdsl_nb.checkpoints, 'load_state_dict_from_hf', offline)
+    monkeypatch.setattr(fdsl_nb.models.checkpoints, 'load_state_dict_from_hf', offline)
     with pytest.raises(CheckpointError, match='use local-dir:FOLDER'): load_weights(vit(), 'hf-hub:someone/model')
 
 def test_old_swin_names(tmp_path):
@@ -187,8 +187,8 @@ def test_unsafe_entries_are_not_written(tmp_path):
 
 WRITER = """
 import resource, signal, sys
-from fdsl_nb.checkpoints import save_checkpoint
-from fdsl_nb.models import create_model
+from fdsl_nb.models.checkpoints import save_checkpoint
+from fdsl_nb.models.models import create_model
 path, fault = sys.argv[1:]
 model = create_model('vit_tiny_patch16_224', 10, 32, patch_size=8, depth=2, embed_dim=48, num_heads=3)
 if fault == 'full disk':

@@ -6,7 +6,7 @@ import numpy as np, pytest
 from sklearn.datasets import load_sample_images
 from torchvision.datasets import CIFAR10, CIFAR100
 from fdsl_nb import cifar
-from fdsl_nb.cifar import faults, held_out, open_cifar
+from fdsl_nb.data.cifar import faults, held_out, open_cifar
 
 def md5(path): return hashlib.md5(path.read_bytes()).hexdigest()
 

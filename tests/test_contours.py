@@ -10,8 +10,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 import numpy as np
 import pytest
-from fdsl_nb.contours import RCDB, VisualAtom, AtomCategory, ContourCategory, corner_table
-from fdsl_nb.formula import formula
+from fdsl_nb.formulas.contours import RCDB, VisualAtom, AtomCategory, ContourCategory, corner_table
+from fdsl_nb.formulas.formula import formula
 
 GOLDEN = Path(__file__).parent/'golden'
 FAMILIES = (RCDB, VisualAtom)

@@ -13,8 +13,8 @@ from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import PILToTensor
 
-from fdsl_nb.coyo import CoyoDataset, MultiHot, example_rows, list_shards, open_coyo, read_index, scan_shard, seal_shards, write_shards
-from fdsl_nb.datasets import EpochBatches, eval_loader, train_loader
+from fdsl_nb.data.coyo import CoyoDataset, MultiHot, example_rows, list_shards, open_coyo, read_index, scan_shard, seal_shards, write_shards
+from fdsl_nb.data.datasets import EpochBatches, eval_loader, train_loader
 
 TEN = dict(classes=10)
 
@@ -207,7 +207,7 @@ def test_processes_seal_as_one_does(sheets):
 
 def test_a_second_opening_reads_no_shard(sheets, monkeypatch):
     CoyoDataset(sheets[1], MultiHot(10))
-    monkeypatch.setattr('fdsl_nb.coyo.scan_shard', lambda path: pytest.fail(f'{path} was read again'))
+    monkeypatch.setattr('fdsl_nb.data.coyo.scan_shard', lambda path: pytest.fail(f'{path} was read again'))
     assert len(CoyoDataset(sheets[1], MultiHot(10, 0.5))) == 20
 
 

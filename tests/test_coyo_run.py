@@ -4,11 +4,11 @@ import json
 import numpy as np
 import pytest
 
-from fdsl_nb.coyo import example_rows, write_shards
-from fdsl_nb.folder import RunFolder, read_summary
-from fdsl_nb.runs import configuration
-from fdsl_nb.settings import Resolved
-from fdsl_nb.training import run_training
+from fdsl_nb.data.coyo import example_rows, write_shards
+from fdsl_nb.core.folder import RunFolder, read_summary
+from fdsl_nb.app.runs import configuration
+from fdsl_nb.core.settings import Resolved
+from fdsl_nb.training.training import run_training
 
 TINY = dict(patch_size=8, embed_dim=48, depth=1, num_heads=2)
 

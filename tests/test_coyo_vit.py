@@ -4,10 +4,10 @@ import json, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, safetensors.torch, timm, torch
 from bundles import write_bundle
-from fdsl_nb.bundle import SLOT, VALUE, open_bundle
-from fdsl_nb.checkpoints import CheckpointError, export_model, load_weights, read_weights, save_checkpoint
-from fdsl_nb.coyo_vit import HUGGING_FACE_NAMES, CoyoViT, create_coyo_vit
-from fdsl_nb.models import create_model, resize_position_embedding
+from fdsl_nb.models.bundle import SLOT, VALUE, open_bundle
+from fdsl_nb.models.checkpoints import CheckpointError, export_model, load_weights, read_weights, save_checkpoint
+from fdsl_nb.models.coyo_vit import HUGGING_FACE_NAMES, CoyoViT, create_coyo_vit
+from fdsl_nb.models.models import create_model, resize_position_embedding
 
 GOLDEN = Path(__file__).parent/'golden'
 TINY = dict(embed_dim=64, depth=2, num_heads=4, mlp_ratio=2)
@@ -252,7 +252,7 @@ def test_dropout():
 def test_exported_and_rebuilt(tmp_path):
     model = noisy(vit(representation=48)).eval()
     folder = export_model(tmp_path/'gift', model, 'coyo_vit_tiny_patch16_224')
-    assert 'import fdsl_nb.coyo_vit' in (folder/'README.md').read_text('utf-8')
+    assert 'import fdsl_nb.models.coyo_vit' in (folder/'README.md').read_text('utf-8')
     again, images = timm.create_model(f'local-dir:{folder}', pretrained=True).eval(), torch.randn(2, 3, 64, 64)
     assert isinstance(again, CoyoViT) and torch.equal(again(images), model(images))
     assert json.loads((folder/'config.json').read_text('utf-8'))['architecture'] == 'coyo_vit_tiny_patch16_224'
@@ -260,6 +260,6 @@ def test_exported_and_rebuilt(tmp_path):
 @pytest.mark.parametrize('asked', ["'coyo_vit_tiny_patch16_224', 10, 64, depth=1", "f'local-dir:{sys.argv[1]}', 10, 64, pretrained=True"], ids=['name', 'folder'])
 def test_known_to_a_program_that_imports_models_alone(tmp_path, asked):
     folder = export_model(tmp_path/'gift', vit(), 'coyo_vit_tiny_patch16_224')
-    code = f'import sys; from fdsl_nb.models import create_model; print(type(create_model({asked})).__name__)'
+    code = f'import sys; from fdsl_nb.models.models import create_model; print(type(create_model({asked})).__name__)'
     done = subprocess.run([sys.executable, '-c', code, str(folder)], check=False, capture_output=True, text=True)
     assert (done.stdout.strip(), done.returncode) == ('CoyoViT', 0), done.stderr

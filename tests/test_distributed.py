@@ -10,9 +10,9 @@ import time
 import psutil
 import pytest
 
-from fdsl_nb.distributed import LAUNCHERS, found_ranks, launch
+from fdsl_nb.training.distributed import LAUNCHERS, found_ranks, launch
 
-HELLO = "import json; from fdsl_nb.distributed import launch; print(json.dumps(launch('fdsl_nb.distributed:say_hello', {})))"
+HELLO = "import json; from fdsl_nb.training.distributed import launch; print(json.dumps(launch('fdsl_nb.training.distributed:say_hello', {})))"
 
 
 def free_port():
@@ -36,11 +36,11 @@ def test_a_launcher_of_one_process_does_not_count():
 
 def test_too_few_processes_are_refused():
     with pytest.raises(ValueError, match='processes=0: at least one'):
-        launch('fdsl_nb.distributed:say_hello', {}, 0)
+        launch('fdsl_nb.training.distributed:say_hello', {}, 0)
 
 
 def test_processes_end_with_a_killed_parent():
-    wait = "from fdsl_nb.distributed import launch; launch('time:sleep', 60, 2)"
+    wait = "from fdsl_nb.training.distributed import launch; launch('time:sleep', 60, 2)"
     parent = subprocess.Popen([sys.executable, '-c', wait], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.time() + 60
     while len(psutil.Process(parent.pid).children(recursive=True)) < 3 and time.time() < until:

@@ -51,7 +51,7 @@ def test_nothing_a_page_needs_is_elsewhere(documentation):
 
 def test_code_leads_to_the_reference(documentation):
     text = (documentation/'chapters'/'10_formula.html').read_text('utf-8')
-    assert 'href="../api/formula.html#fdsl_nb.formula.Formula"' in text and 'href="../api/rng.html#fdsl_nb.rng.CounterRandom"' in text
+    assert 'href="../api/formula.html#fdsl_nb.formulas.formula.Formula"' in text and 'href="../api/rng.html#fdsl_nb.core.rng.CounterRandom"' in text
     assert '#|' not in re.sub(r'<[^>]+>', '', text), 'a directive of nbdev shows'
 
 
@@ -78,12 +78,12 @@ def test_the_formula_of_the_how_to_is_short_draws_and_is_a_data_set(tmp_path):
     assert len(code.splitlines()) <= 33, 'thirty lines, and three imports'
     (tmp_path/'julia.py').write_text(code)
     check = '''
-from fdsl_nb.formula import formula
+from fdsl_nb.formulas.formula import formula
 f = formula('julia:Julia')
 images = [f.render(c, k) for c in range(3) for k in range(2)]
 assert all(i.shape == (64, 64) and i.dtype == 'uint8' for i in images)
 assert len({i.tobytes() for i in images}) == 6 and all(i.std() > 10 for i in images)
-from fdsl_nb.datasets import open_dataset
+from fdsl_nb.data.datasets import open_dataset
 assert len(open_dataset('julia:Julia', classes=4, instances=5)) == 20
 '''
     done = subprocess.run([sys.executable, '-c', check], check=False, cwd=tmp_path, capture_output=True, text=True)
@@ -91,7 +91,7 @@ assert len(open_dataset('julia:Julia', classes=4, instances=5)) == 20
 
 
 def test_commands_of_the_pages_name_parameters_that_exist():
-    from fdsl_nb.runs import asked_for, check_parameters
+    from fdsl_nb.app.runs import asked_for, check_parameters
     import shlex
     commands = [c for page in [*PAGES, ROOT/'README.md'] for c in re.findall(r'^fdsl run .*', page.read_text('utf-8'), re.MULTILINE)]
     for command in commands:

@@ -11,16 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from fdsl_nb.checkpoints import CheckpointError, read_checkpoint, save_checkpoint
-from fdsl_nb.compare import compare_figure, compare_table, differences, find_runs, read_run, seconds_left
-from fdsl_nb.evaluate import Answers, Counter, best_classes, per_class, published_top1, real_labels, real_top1
-from fdsl_nb.folder import RunFolder, read_config
-from fdsl_nb.models import create_model
-from fdsl_nb.report import show_classes, show_result
-from fdsl_nb.runs import configuration, start_run
-from fdsl_nb.settings import Resolved
-from fdsl_nb.training import run_training
-from fdsl_nb.validation import read_answers, run_validation
+from fdsl_nb.models.checkpoints import CheckpointError, read_checkpoint, save_checkpoint
+from fdsl_nb.app.compare import compare_figure, compare_table, differences, find_runs, read_run, seconds_left
+from fdsl_nb.training.evaluate import Answers, Counter, best_classes, per_class, published_top1, real_labels, real_top1
+from fdsl_nb.core.folder import RunFolder, read_config
+from fdsl_nb.models.models import create_model
+from fdsl_nb.app.report import show_classes, show_result
+from fdsl_nb.app.runs import configuration, start_run
+from fdsl_nb.core.settings import Resolved
+from fdsl_nb.training.training import run_training
+from fdsl_nb.training.validation import read_answers, run_validation
 
 NBS = Path(__file__).parent.parent/'nbs'
 TINY = dict(patch_size=4, embed_dim=48, depth=2, num_heads=2)

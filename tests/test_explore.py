@@ -6,12 +6,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 import ipywidgets, numpy as np, papermill, pytest
 from PIL import Image
-from fdsl_nb.explore import (MEASURES, TYPED, Explorer, as_command, as_python, changed, contact_sheet, control, cut_into_patches, explore, explore_pair,
+from fdsl_nb.app.explore import (MEASURES, TYPED, Explorer, as_command, as_python, changed, contact_sheet, control, cut_into_patches, explore, explore_pair,
     knob_draws, knob_values, network_views, png_bytes, presets, save_image, show_knob, slider_range, tiled, window)
-from fdsl_nb.folder import RunFolder
-from fdsl_nb.formula import Formula, formula, formula_class, formulas, knob, knobs
-from fdsl_nb.recipes import recipe
-from fdsl_nb.runs import NOTEBOOKS, asked_for, check_parameters, configuration
+from fdsl_nb.core.folder import RunFolder
+from fdsl_nb.formulas.formula import Formula, formula, formula_class, formulas, knob, knobs
+from fdsl_nb.training.recipes import recipe
+from fdsl_nb.app.runs import NOTEBOOKS, asked_for, check_parameters, configuration
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = 'rcdb', 'visualatom', 'fractaldb', 'ofdb2d', 'onepfrac', 'exfractaldb', 'mvfractaldb', 'ofdb3d'
@@ -289,7 +289,7 @@ def test_slips_are_named():
 @pytest.mark.parametrize('what', ["explore('rcdb', size=32)", "explore_pair(size=32)"])
 def test_sliders_for_a_person_and_a_picture_for_a_program(kernel, person, kind, what):
     results = []
-    kernel.execute_interactive(f'from fdsl_nb.explore import explore, explore_pair; {what}', allow_stdin=person, stdin_hook=lambda message: None, timeout=120,
+    kernel.execute_interactive(f'from fdsl_nb.app.explore import explore, explore_pair; {what}', allow_stdin=person, stdin_hook=lambda message: None, timeout=120,
         output_hook=lambda message: results.append(message['content']))
     found = [r['data'] for r in results if 'data' in r and 'text/plain' in r.get('data', ())]
     assert len(found) == 1 and kind in found[0], results

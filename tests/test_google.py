@@ -3,9 +3,9 @@
 import random
 from pathlib import Path
 import numpy as np, pytest, torch
-from fdsl_nb.checkpoints import CheckpointError, load_weights, read_checkpoint, read_weights
-from fdsl_nb.google import google_shapes, vit_pytorch_dropout
-from fdsl_nb.models import VIT_PYTORCH_NAMES, create_model
+from fdsl_nb.models.checkpoints import CheckpointError, load_weights, read_checkpoint, read_weights
+from fdsl_nb.models.google import google_shapes, vit_pytorch_dropout
+from fdsl_nb.models.models import VIT_PYTORCH_NAMES, create_model
 
 GOLDEN = Path(__file__).parent/'golden'
 SIZES = dict(depth=2, width=32, heads=4, hidden=48, patch=8, tokens=17)

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fdsl_nb.build import build
-from fdsl_nb.formula import formula
-from fdsl_nb.parquet import export_parquet
-from fdsl_nb.shards import ArchiveDataset, BuiltDataset, encode
-from fdsl_nb.training import architecture_of
-from fdsl_nb.validation import examination
-from fdsl_nb.verify import repair, source_of, verify
+from fdsl_nb.build.build import build
+from fdsl_nb.formulas.formula import formula
+from fdsl_nb.build.parquet import export_parquet
+from fdsl_nb.data.shards import ArchiveDataset, BuiltDataset, encode
+from fdsl_nb.training.training import architecture_of
+from fdsl_nb.training.validation import examination
+from fdsl_nb.build.verify import repair, source_of, verify
 
 PICTURE = encode(formula('rcdb', classes=1, instances=1, size=16, start_range=4).render(0, 0))
 
@@ -296,7 +296,7 @@ def test_what_somebody_types_counts(tmp_path, bomb):
     assert examination(dict(weights=path, dataset='digits'))['dataset'].value == 'digits'
 
 
-@pytest.mark.parametrize('name', ['os:getcwd', 'argparse:Namespace', 'fdsl_nb.formula:formulas', 'fdsl_nb.formula:nothing'])
+@pytest.mark.parametrize('name', ['os:getcwd', 'argparse:Namespace', 'fdsl_nb.formulas.formula:formulas', 'fdsl_nb.formulas.formula:nothing'])
 def test_a_class_that_somebody_types_must_be_a_formula(name):
     with pytest.raises((TypeError, ValueError), match=f"{name}.*Formula"): formula(name)
 
@@ -309,7 +309,7 @@ def run_values(folder, **given):
 
 
 def go(folder, **given):
-    from fdsl_nb.training import run_training
+    from fdsl_nb.training.training import run_training
     from watched import resolved
     return run_training(resolved(run_values(folder, **given)))
 
@@ -361,7 +361,7 @@ def test_a_list_of_files_leads_nowhere_else(tmp_path, victim):
 def test_history_removes_the_runs_own_checkpoints_only(tmp_path):
     go(tmp_path/'run', epochs=3, history=1, pause=1)
     (tmp_path/'run'/'checkpoint-9.pth.tar').write_text('mine')
-    from fdsl_nb.folder import RunFolder, noted_files
-    from fdsl_nb.saving import trim
+    from fdsl_nb.core.folder import RunFolder, noted_files
+    from fdsl_nb.training.saving import trim
     trim(RunFolder(tmp_path/'run'), 1, 'last')
     assert (tmp_path/'run'/'checkpoint-9.pth.tar').read_text() == 'mine' and 'checkpoint-0.pth.tar' in noted_files(RunFolder(tmp_path/'run'))

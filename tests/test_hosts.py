@@ -4,11 +4,11 @@ import json, os, shutil, socket, subprocess, sys, time
 from pathlib import Path
 import pytest
 import torch
-from fdsl_nb.build import build
-from fdsl_nb.checkpoints import read_checkpoint
-from fdsl_nb.contours import VisualAtom
-from fdsl_nb.folder import RunFolder
-from fdsl_nb.verify import verify
+from fdsl_nb.build.build import build
+from fdsl_nb.models.checkpoints import read_checkpoint
+from fdsl_nb.formulas.contours import VisualAtom
+from fdsl_nb.core.folder import RunFolder
+from fdsl_nb.build.verify import verify
 
 NBS = Path(__file__).parent.parent/'nbs'
 QUIET = {'WANDB_MODE': 'disabled', 'OMP_NUM_THREADS': '1'}
@@ -27,9 +27,9 @@ SMALL = dict(dataset='rcdb', classes=4, instances=40, epoch_images=160, batch=16
 
 RANK = '''
 import json, sys
-from fdsl_nb.folder import RunFolder
-from fdsl_nb.runs import configuration
-from fdsl_nb.training import run_training
+from fdsl_nb.core.folder import RunFolder
+from fdsl_nb.app.runs import configuration
+from fdsl_nb.training.training import run_training
 run_training(configuration('pretrain', dict(json.loads(sys.argv[2]), wandb_mode='disabled'), RunFolder(sys.argv[1])))
 '''
 
@@ -68,8 +68,8 @@ def host_file(folder, slots):
 
 SCRIPT = '''
 import sys
-from fdsl_nb.build import build, open_executor
-from fdsl_nb.contours import VisualAtom
+from fdsl_nb.build.build import build, open_executor
+from fdsl_nb.formulas.contours import VisualAtom
 if __name__ == '__main__':
     with open_executor('mpi') as executor: build(VisualAtom(classes=3, instances=40, size=96), sys.argv[1], workers=0, executor=executor, layout='shards', shard_images=50)
 '''
@@ -98,7 +98,7 @@ def test_build_notebook_under_mpirun(tmp_path):
 def test_mpi_for_one_process_is_explained():
     "Otherwise mpi4py tries to start processes by itself, and waits for ever where that fails."
     pytest.importorskip('mpi4py', reason='the extra mpi is not installed')
-    code = "from fdsl_nb.build import open_executor; open_executor('mpi').__enter__()"
+    code = "from fdsl_nb.build.build import open_executor; open_executor('mpi').__enter__()"
     done = subprocess.run([sys.executable, '-c', code], check=False, capture_output=True, text=True, timeout=60)
     assert 'start it and its workers with mpirun -np N' in done.stderr or 'finds no MPI on this machine' in done.stderr
 
@@ -126,7 +126,7 @@ FAULTY = '''
 import os, time
 from dataclasses import dataclass
 import numpy as np
-from fdsl_nb.formula import Formula
+from fdsl_nb.formulas.formula import Formula
 @dataclass(frozen=True)
 class Faulty(Formula):
     "Squares, some of which process 1 cannot draw."

@@ -3,7 +3,7 @@
 import ast, base64, configparser, functools, importlib.metadata, json, re, shutil, subprocess, sys
 from pathlib import Path
 import papermill, pytest
-from fdsl_nb.settings import DEFAULTS
+from fdsl_nb.core.settings import DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
@@ -255,7 +255,7 @@ def test_settings_file_has_the_known_keys():
     parser.read(ROOT/'settings.ini')
     ours, known = {(s, k) for s in parser.sections() for k in parser[s]}, {(d.section, d.key) for d in DEFAULTS}
     refuse((f'[{s}] {k} is {"not known" if (s, k) in ours else "missing"}' for s, k in sorted(ours ^ known)),
-        'settings.ini shows every key of fdsl_nb.settings.DEFAULTS and no other; change one or the other')
+        'settings.ini shows every key of fdsl_nb.core.settings.DEFAULTS and no other; change one or the other')
 
 def test_constraints_cover_the_dependencies():
     plain = lambda requirement: re.sub(r'[-_.]+', '-', re.match(r'[\w.-]+', requirement)[0]).lower()

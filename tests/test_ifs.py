@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fdsl_nb import categories, ifs_search
-from fdsl_nb.categories import CategoryStream, category_cache, load_categories, save_categories, search_parallel
-from fdsl_nb.chaos import COLUMNS, play, render_ifs
-from fdsl_nb.ifs import FractalDB, OFDB2D, OnePFrac, flipped, sample_system, search_categories, weight_table, with_probabilities
-from fdsl_nb.rng import NumpyRandom, PythonRandom
+from fdsl_nb.formulas.categories import CategoryStream, category_cache, load_categories, save_categories, search_parallel
+from fdsl_nb.formulas.chaos import COLUMNS, play, render_ifs
+from fdsl_nb.formulas.ifs import FractalDB, OFDB2D, OnePFrac, flipped, sample_system, search_categories, weight_table, with_probabilities
+from fdsl_nb.core.rng import NumpyRandom, PythonRandom
 
 GOLDEN = Path(__file__).parent/'golden'
 FRACTALDB, ONEPFRAC, CANONICAL = (json.loads((GOLDEN/f'{name}.json').read_text()) for name in ('fractaldb', 'onepfrac', 'ifs_canonical'))
@@ -122,7 +122,7 @@ def test_order_and_threads_change_nothing(f):
     with ThreadPoolExecutor(4) as pool: assert list(pool.map(lambda ck: sha(f.render(*ck)), wanted)) == alone
 
 def test_another_process_draws_the_same():
-    code = "import hashlib; from fdsl_nb.formula import formula; print(hashlib.sha256(formula('fractaldb', classes=50, size=64, points=4000).render(49, 999).tobytes()).hexdigest())"
+    code = "import hashlib; from fdsl_nb.formulas.formula import formula; print(hashlib.sha256(formula('fractaldb', classes=50, size=64, points=4000).render(49, 999).tobytes()).hexdigest())"
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == CANONICAL[f'fractaldb-{FAMILIES[0].fingerprint()}']['49 999']
 
@@ -269,7 +269,7 @@ def test_refused_by_name(make, message):
 def test_hopeless_searches_end(monkeypatch):
     monkeypatch.setattr(ifs_search, 'TRIES', 5)
     with pytest.raises(ValueError, match='rate=0.38: none of 5'): search_categories(1, rate=0.38)
-    monkeypatch.setattr('fdsl_nb.ifs.TRIES', 5)
+    monkeypatch.setattr('fdsl_nb.formulas.ifs.TRIES', 5)
     with pytest.raises(ValueError, match='seed=0 lights 0.9'): OnePFrac(pixel_threshold=0.9, **SMALL).category(0)
 
 @pytest.mark.parametrize('maps, message', [

@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest
 from fdsl_nb import ifs3d
-from fdsl_nb.categories import save_categories
-from fdsl_nb.formula import formula
-from fdsl_nb.ifs3d import (COLUMNS, ExFractalDB, MVFractalDB, OFDB3D, points_3d, project_views, render_views, ring_camera,
+from fdsl_nb.formulas.categories import save_categories
+from fdsl_nb.formulas.formula import formula
+from fdsl_nb.formulas.ifs3d import (COLUMNS, ExFractalDB, MVFractalDB, OFDB3D, points_3d, project_views, render_views, ring_camera,
     search_categories_3d, sphere_camera, weight_table)
-from fdsl_nb.rng import CATEGORY, CounterRandom, NumpyRandom, PythonRandom
+from fdsl_nb.core.rng import CATEGORY, CounterRandom, NumpyRandom, PythonRandom
 
 GOLDEN = Path(__file__).parent/'golden'
 FAMILIES = dict(mvfractaldb=MVFractalDB, exfractaldb=ExFractalDB, ofdb3d=OFDB3D)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-from fdsl_nb.distributed import join, launch, rank, world
-from fdsl_nb.multilabel import MultiLabelCounter, MultiLabelLoss, drawer, drawer_auc, label_ranks, ranked
+from fdsl_nb.training.distributed import join, launch, rank, world
+from fdsl_nb.training.multilabel import MultiLabelCounter, MultiLabelLoss, drawer, drawer_auc, label_ranks, ranked
 
 COUNTS = ('ranks', 'true_positives', 'false_positives', 'false_negatives', 'areas', 'precisions', 'exact_areas')
 

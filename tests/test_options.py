@@ -12,16 +12,16 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler
 from torch import nn
 
-from fdsl_nb.augment import eval_transform
-from fdsl_nb.checkpoints import load_weights, read_checkpoint
-from fdsl_nb.datasets import eval_loader, open_dataset
-from fdsl_nb.evaluate import evaluate
-from fdsl_nb.folder import RunFolder, read_summary
-from fdsl_nb.learner import fdsl_learner
-from fdsl_nb.models import create_model
-from fdsl_nb.optimise import make_schedule
-from fdsl_nb.plan import Recipe
-from fdsl_nb.training import make_model, open_splits, read_recipe, run_training, train
+from fdsl_nb.data.augment import eval_transform
+from fdsl_nb.models.checkpoints import load_weights, read_checkpoint
+from fdsl_nb.data.datasets import eval_loader, open_dataset
+from fdsl_nb.training.evaluate import evaluate
+from fdsl_nb.core.folder import RunFolder, read_summary
+from fdsl_nb.training.learner import fdsl_learner
+from fdsl_nb.models.models import create_model
+from fdsl_nb.training.optimise import make_schedule
+from fdsl_nb.training.plan import Recipe
+from fdsl_nb.training.training import make_model, open_splits, read_recipe, run_training, train
 from watched import BASE, DRAWN, TINY, Watch, resolved, run_ranks, trained, values, watching
 
 DIGITS = dict(dataset='digits', knobs={}, batch=160, epochs=1)      # 797 images, and splits to measure on

@@ -5,14 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fdsl_nb.augment import train_transform
-from fdsl_nb.datasets import EpochBatches, FormulaDataset, open_dataset, train_loader
-from fdsl_nb.formula import formula
-from fdsl_nb.learner import EveryStep, fdsl_learner
-from fdsl_nb.models import create_model
-from fdsl_nb.optimise import CLOSED_FORMS, make_optimizer
-from fdsl_nb.recipes import FINETUNE, PRETRAIN, recipe
-from fdsl_nb.rng import MIX, STEP, seed_for
+from fdsl_nb.data.augment import train_transform
+from fdsl_nb.data.datasets import EpochBatches, FormulaDataset, open_dataset, train_loader
+from fdsl_nb.formulas.formula import formula
+from fdsl_nb.training.learner import EveryStep, fdsl_learner
+from fdsl_nb.models.models import create_model
+from fdsl_nb.training.optimise import CLOSED_FORMS, make_optimizer
+from fdsl_nb.training.recipes import FINETUNE, PRETRAIN, recipe
+from fdsl_nb.core.rng import MIX, STEP, seed_for
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2

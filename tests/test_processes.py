@@ -10,7 +10,7 @@ import psutil
 import pytest
 from watched import BASE, Seen, Slow, Watch, command, printed, run_ranks, start_ranks, values, wait_ranks
 
-from fdsl_nb.folder import RunFolder
+from fdsl_nb.core.folder import RunFolder
 
 ON = dict(auto_augment='rand-m9-mstd0.5-inc1', erasing=0.5, hflip=0.5, scale=(0.3, 1.0), ratio=(3/4, 4/3), mixup=0.8, cutmix=1.0, smoothing=0.1, drop_path=0.1, ema=0.9, repeats=3, recovery=2)
 
@@ -111,7 +111,7 @@ def test_a_killed_process_of_our_own_launching_ends_the_run(victim, tmp_path):
     with open(tmp_path/'printed', 'w') as out: child = subprocess.Popen(words, env=environment, stdout=out, stderr=out)
     after_some_steps(tmp_path/'steps')
     family = psutil.Process(child.pid).children(recursive=True)
-    ranks = [p for p in family if 'fdsl_nb.worker' in p.cmdline() and p.ppid() != child.pid and p.children()]
+    ranks = [p for p in family if 'fdsl_nb.training.worker' in p.cmdline() and p.ppid() != child.pid and p.children()]
     loads = [p for r in ranks for p in r.children()]
     os.kill((ranks if victim == 'rank' else loads)[-1].pid, signal.SIGKILL)
     killed = time.time()

@@ -12,11 +12,11 @@ import psutil
 import pytest
 
 from fdsl_nb import experiments
-from fdsl_nb.experiments import as_markdown, carry_out, experiment_table, identity, planned, results, run_experiment, run_notebook, start_experiment, state_of
-from fdsl_nb.folder import RunFolder, read_config
-from fdsl_nb.recipes import FINETUNE, PRETRAIN
-from fdsl_nb.runs import NOTEBOOKS
-from fdsl_nb.training import read_result
+from fdsl_nb.app.experiments import as_markdown, carry_out, experiment_table, identity, planned, results, run_experiment, run_notebook, start_experiment, state_of
+from fdsl_nb.core.folder import RunFolder, read_config
+from fdsl_nb.training.recipes import FINETUNE, PRETRAIN
+from fdsl_nb.app.runs import NOTEBOOKS
+from fdsl_nb.training.training import read_result
 
 NBS = Path(__file__).parent.parent/'nbs'
 FORM = {f.name: f.default for f in fields(NOTEBOOKS['reproduce'])}

@@ -8,10 +8,10 @@ import pytest
 import torch
 from watched import BASE, PowerCut, command, printed, run_ranks, start_ranks, values, wait_ranks
 
-from fdsl_nb.build import build
-from fdsl_nb.checkpoints import read_checkpoint
-from fdsl_nb.contours import VisualAtom
-from fdsl_nb.folder import RunFolder, read_summary
+from fdsl_nb.build.build import build
+from fdsl_nb.models.checkpoints import read_checkpoint
+from fdsl_nb.formulas.contours import VisualAtom
+from fdsl_nb.core.folder import RunFolder, read_summary
 
 # Everything that has chance or memory in it: AdamW, averages, mixing, drop path, repeated images, images held out, worker processes, recovery every few steps.
 ALL_ON = dict(auto_augment='rand-m9-mstd0.5-inc1', erasing=0.5, hflip=0.5, scale=(0.3, 1.0), ratio=(3/4, 4/3), mixup=0.8, cutmix=1.0, smoothing=0.1, drop_path=0.1, clip=1.0, ema=0.9,

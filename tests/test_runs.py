@@ -15,11 +15,11 @@ import psutil
 import pytest
 import torch
 
-from fdsl_nb.checkpoints import read_checkpoint
-from fdsl_nb.folder import RunFolder, read_config, read_summary
-from fdsl_nb.formula import formulas
-from fdsl_nb.recipes import FINETUNE, PRETRAIN
-from fdsl_nb.runs import NOTEBOOKS, check_parameters
+from fdsl_nb.models.checkpoints import read_checkpoint
+from fdsl_nb.core.folder import RunFolder, read_config, read_summary
+from fdsl_nb.formulas.formula import formulas
+from fdsl_nb.training.recipes import FINETUNE, PRETRAIN
+from fdsl_nb.app.runs import NOTEBOOKS, check_parameters
 
 NBS = Path(__file__).parent.parent/'nbs'
 SMALL = dict(dataset='rcdb', seed=3, classes=4, instances=160, epoch_images=1280, batch=32, epochs=3, warmup_epochs=0, mixup=0.5, drop_path=0.1, erasing=0.25)   # seconds; every kind of chance on

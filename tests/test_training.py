@@ -6,14 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fdsl_nb.augment import Augmentation, train_transform
-from fdsl_nb.checkpoints import read_checkpoint
-from fdsl_nb.datasets import EpochBatches, seeded
-from fdsl_nb.folder import RunFolder
-from fdsl_nb.formula import formula, formulas
-from fdsl_nb.runs import configuration
-from fdsl_nb.settings import Resolved
-from fdsl_nb.training import architecture_of, run_training
+from fdsl_nb.data.augment import Augmentation, train_transform
+from fdsl_nb.models.checkpoints import read_checkpoint
+from fdsl_nb.data.datasets import EpochBatches, seeded
+from fdsl_nb.core.folder import RunFolder
+from fdsl_nb.formulas.formula import formula, formulas
+from fdsl_nb.app.runs import configuration
+from fdsl_nb.core.settings import Resolved
+from fdsl_nb.training.training import architecture_of, run_training
 
 SMALL = dict(budget='demo', epochs=1, batch=16, warmup_epochs=0, wandb_mode='disabled')
 TINY_MODEL = dict(patch_size=8, embed_dim=48, depth=1, num_heads=2)

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fdsl_nb.checkpoints import read_checkpoint
-from fdsl_nb.folder import RunFolder, read_summary
-from fdsl_nb.runs import configuration
-from fdsl_nb.training import make_model, read_recipe, run_training
+from fdsl_nb.models.checkpoints import read_checkpoint
+from fdsl_nb.core.folder import RunFolder, read_summary
+from fdsl_nb.app.runs import configuration
+from fdsl_nb.training.training import make_model, read_recipe, run_training
 
 NPZ = Path(__file__).parent/'golden'/'google_vit_tiny.npz'
 MODEL = dict(model='vit_base_patch16_224', image_size=64, options=dict(model_options=dict(embed_dim=64, depth=2, num_heads=4, mlp_ratio=2.0)))

@@ -19,9 +19,9 @@ import psutil
 from fastai.callback.core import Callback
 
 from fdsl_nb import training
-from fdsl_nb.contours import VisualAtom
-from fdsl_nb.distributed import rank, total
-from fdsl_nb.settings import Resolved
+from fdsl_nb.formulas.contours import VisualAtom
+from fdsl_nb.training.distributed import rank, total
+from fdsl_nb.core.settings import Resolved
 
 TINY = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2)
 STILL = dict(auto_augment='', color_jitter=0.0, erasing=0.0, scale=(1.0, 1.0), ratio=(1.0, 1.0), mixup=0.0, cutmix=0.0, smoothing=0.0, drop_path=0.0)   # no chance but the order

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from acted import epoch, made
 
-from fdsl_nb.formula import formulas
+from fdsl_nb.formulas.formula import formulas
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
