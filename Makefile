@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help env demo test campaign notebooks docs browser-test prepare clean
+.PHONY: help env demo quick test campaign notebooks docs browser-test style prepare clean
 
 help:           ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,10 @@ demo: env       ## minutes on a CPU: pre-train on RCDB drawn online, fine-tune o
 	@echo 'The reports, executed notebooks with curves and tables:'
 	@ls runs/demo/*/*.html
 
+quick: env      ## under a minute: the house rules, and the tests that take no seconds and start no process
+	$(BIN)/python -m pytest -q tests/test_house.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not slow and not process and not long' --ignore=tests/test_house.py
+
 test: env       ## house rules, then the notebooks, then every test that is not slow
 	$(BIN)/python -m pytest -q tests/test_house.py
 	$(MAKE) --no-print-directory notebooks
@@ -34,7 +38,7 @@ campaign: env   ## the slow tests: minutes each
 	$(BIN)/python -m pytest -m slow
 
 # Notebooks without a number are papermill runs: pytest runs them, with small values.
-notebooks: env  ## run every cell of the numbered notebooks
+notebooks: env  ## run every cell of the library's notebooks
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --file-glob '[0-9]*.ipynb' --n-workers 2
 
 docs: env       ## the documentation, from the notebooks, into docs/_build/html
@@ -45,10 +49,13 @@ browser-test: env ## JupyterLab and the documentation in a real browser, without
 	npm ci --prefix tests/browser --no-audit --no-fund
 	$(BIN)/python -m pytest -q tests/browser
 
+style: env      ## how the notebooks are written, in numbers: cells, widths, prose; fails nothing
+	$(BIN)/python tests/style.py
+
 prepare: env    ## before a commit: clean the notebooks, then write the modules they export
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 
 clean:          ## remove caches and build output; keeps runs/, data/ and the environment
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache docs/_build tests/browser/node_modules tests/browser/shots
-	find $(wildcard fdsl_nb tests benchmarks nbs) -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	find $(wildcard fdsl_nb tests benchmarks docs nbs) -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

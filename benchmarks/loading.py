@@ -13,7 +13,8 @@ from PIL import Image
 from torchvision.transforms.v2 import CenterCrop, Compose, PILToTensor
 from fdsl_nb.data.augment import train_transform
 from fdsl_nb.build.build import build
-from fdsl_nb.data.datasets import EpochBatches, FormulaDataset, open_dataset, train_loader
+from fdsl_nb.data.loading import EpochBatches, FormulaDataset, train_loader
+from fdsl_nb.data.datasets import open_dataset
 from fdsl_nb.formulas.formula import formula
 from fdsl_nb.training.recipes import recipe
 from fdsl_nb.data.streams import ShardStream, stream_loader

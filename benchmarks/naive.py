@@ -7,12 +7,12 @@ programs' C package costs; chance is Python's own generator, as there.
 import math, random
 import numpy as np
 from PIL import Image, ImageDraw
-from fdsl_nb import ifs
+from fdsl_nb.formulas import ifs
 from fdsl_nb.formulas.ifs3d import FOCAL, weight_table, weighted
 from fdsl_nb.core.raster import PERMUTATION
 
 
-# Contours: RCDB and VisualAtom (11_contours)
+# Contours: RCDB and VisualAtom (fdsl_nb.formulas.contours)
 
 def noise(x):
     "`noise.pnoise1` of an array, in 32-bit floats."
@@ -63,7 +63,7 @@ def contours(family, c, k):
     return contour_image(family, category, random.Random(f'{c} {k}'))
 
 
-# Fractals in space: MVFractalDB, ExFractalDB, 3D-OFDB (13_ifs3d)
+# Fractals in space: MVFractalDB, ExFractalDB, 3D-OFDB (fdsl_nb.formulas.ifs3d)
 
 def space_game(maps, picks):
     "The points of a 3-D system, [3, picks - 1], stretched to [-1, 1] and moved to their mean."
@@ -96,7 +96,7 @@ def space(family, c, k):
     return space_view(cloud, family.camera(view, family.instance_stream(c, k)), family.size)
 
 
-# Fractals in the plane: FractalDB, 2D-OFDB, 1p-frac (11a_chaos_game, 12_ifs)
+# Fractals in the plane: FractalDB, 2D-OFDB, 1p-frac (fdsl_nb.formulas.chaos, fdsl_nb.formulas.ifs)
 
 def plane_game(maps, picks):
     "The points of a 2-D system, the origin first, as two arrays."

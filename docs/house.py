@@ -1,4 +1,8 @@
-"""A Sphinx extension for how we write: comments of parameters in the reference, Markdown in docstrings, names in code that lead to the reference."""
+"""A Sphinx extension for how we write.
+
+Comments of parameters go to the reference, Markdown in docstrings is read, and names in code lead
+to the reference.
+"""
 import dataclasses
 import inspect
 import json
@@ -7,6 +11,8 @@ from pathlib import Path
 
 from docutils import nodes
 from fastcore.docments import docments
+
+import fdsl_nb
 
 
 # Docstrings
@@ -64,20 +70,42 @@ def write_parameters(app, what, name, thing, options, lines):
 
 # Names in code
 
-NAME = re.compile(r'(<span class="o">\.</span>)?<span class="(n|nf|nc|nn)">([\w.]+)</span>(<span class="o">=</span>)?')
+NAME = re.compile(
+    r'(<span class="o">\.</span>)?'
+    r'<span class="(n|nf|nc|nn)">([\w.]+)</span>'
+    r'(<span class="o">=</span>)?')
+
+
+BEGINS = r'<div class="highlight-python[^>]*><div class="highlight"><pre>'
+CODE = re.compile(BEGINS + '.*?</pre>', re.DOTALL)
+IMPORT = re.compile(r'^ *from (fdsl_nb[\w.]*) import (?:\(([^)]*)\)|([\w, ]+))', re.MULTILINE)
+
+
+def imports_of(code):
+    "Name → full name, for all that code imports from the package."
+    found = {}
+    for module, *names in IMPORT.findall(code):
+        names = [re.sub(r'#.*', '', n).strip() for n in re.split(r',|\n', ''.join(names))]
+        found |= {n: f'{home_of(module, n)}.{n}' for n in names if n.isidentifier()}
+    return found
+
+
+def home_of(module, name):
+    "The module whose page explains a name that is imported from `module`."
+    thing = getattr(fdsl_nb, name, None) if module == 'fdsl_nb' else None
+    return getattr(thing, '__module__', module)
 
 
 def imported(doctree):
     "Name → full name, for all that the code of a page imports from the package."
     found = {}
     for block in doctree.findall(nodes.literal_block):
-        for module, names in re.findall(r'^ *from (fdsl_nb\.\w+) import ([\w, ]+)', block.astext(), re.MULTILINE):
-            found |= {n.strip(): f'{module}.{n.strip()}' for n in names.split(',')}
+        found |= imports_of(block.astext())
     return found
 
 
 def link_names(app, page, template, context, doctree):
-    "Each name of ours in the code of a page becomes a link to the reference; attributes and keywords are not names of ours."
+    "Names of ours in a page's code lead to the reference; attributes and keywords are not ours."
     if doctree is None or page.startswith('api/'):
         return
     here = imported(doctree) | json.loads((Path(app.srcdir)/'names.json').read_text('utf-8')).get(page, {})
@@ -86,10 +114,9 @@ def link_names(app, page, template, context, doctree):
         full = m[3] if m[2] == 'nn' else here.get(m[3])
         if m[1] or m[4] or full not in known:
             return m[0]
-        target = app.builder.get_relative_uri(page, known[full].docname)
-        return f'<a class="to-reference" href="{target}#{known[full].node_id}" title="{full}">{m[0]}</a>'
-    code = lambda m: NAME.sub(link, m[0])
-    context['body'] = re.sub(r'<div class="highlight-python[^>]*><div class="highlight"><pre>.*?</pre>', code, context['body'], flags=re.DOTALL)
+        target = f'{app.builder.get_relative_uri(page, known[full].docname)}#{known[full].node_id}'
+        return f'<a class="to-reference" href="{target}" title="{full}">{m[0]}</a>'
+    context['body'] = CODE.sub(lambda m: NAME.sub(link, m[0]), context['body'])
 
 
 def setup(app):

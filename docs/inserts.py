@@ -1,8 +1,13 @@
-"""What only the package can say, for `<!-- insert NAME … -->` in a page: tables of knobs, recipes and parameters, and sliders that need no kernel."""
+"""What only the package can say, for `<!-- insert NAME … -->` in a page.
+
+Tables of knobs, recipes and parameters, contents of the book, and sliders that need no kernel.
+"""
 import base64
+import importlib
 import json
 import re
 from dataclasses import MISSING, fields, replace
+from functools import cache
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -13,11 +18,12 @@ from PIL import Image
 from fdsl_nb.app.explore import png_bytes, tiled
 from fdsl_nb.formulas.formula import formula, formula_class, knobs as knobs_of
 from fdsl_nb.training.recipes import FINETUNE, PRETRAIN, Recipe
-from fdsl_nb.app.runs import NOTEBOOKS
+from fdsl_nb.app.parameters import read_parameters, run_notebooks
 from fdsl_nb.core.settings import DEFAULTS
 from house import range_of
 
 HERE = Path(__file__).resolve().parent
+NBS = HERE.parent/'nbs'
 
 
 def table(head, rows):
@@ -74,8 +80,20 @@ def slider(name):
     link = widgets.jslink((picker, 'index'), (pictures, 'selected_index'))
     shown = widgets.VBox([picker, pictures])
     data = embed_data([shown], state=dependency_state([shown, link]))
-    embedded = lambda kind, value: f'<script type="application/vnd.jupyter.widget-{kind}+json">{json.dumps(value).replace("</", "<" + chr(92) + "/")}</script>'
-    return '\n'.join(['```{raw} html', '<script defer src="_static/html-manager/embed.js"></script>', f'<div class="turned" id="turn-{name}">', embedded('state', data['manager_state']), *(embedded('view', v) for v in data['view_specs']), '</div>', '```'])
+    return '\n'.join([
+        '```{raw} html',
+        '<script defer src="_static/html-manager/embed.js"></script>',
+        f'<div class="turned" id="turn-{name}">',
+        embedded('state', data['manager_state']),
+        *(embedded('view', v) for v in data['view_specs']),
+        '</div>',
+        '```'])
+
+
+def embedded(kind, value):
+    "A script that holds a value for the widgets; no end of a script may stand inside it."
+    text = json.dumps(value).replace('</', r'<\/')
+    return f'<script type="application/vnd.jupyter.widget-{kind}+json">{text}</script>'
 
 
 # Recipes
@@ -89,7 +107,7 @@ def published(r):
 
 
 def recipes(stage):
-    "The published recipes of a stage: what, on what, with which result; then each with its command and its values."
+    "The published recipes of a stage in a table, then each with its command and its values."
     known = dict(pretrain=PRETRAIN, finetune=FINETUNE)[stage]
     rows = [(f'[`{r.name}`](#{anchor(r)})', f'`{r.dataset}`', f'`{r.model}`', published(r)) for r in known]
     return '\n\n'.join([table(('recipe', 'data set', 'model', 'published top-1, %'), rows), *(one_recipe(r, stage) for r in known)])
@@ -104,20 +122,27 @@ def one_recipe(r, stage):
     values = {f.name: getattr(r, f.name) for f in fields(r) if f.name not in ('name', 'paper', 'cost', 'published')}
     own = [(f'`{k}`', code(v)) for k, v in values.items() if v != plain[k] or k in ('dataset', 'model', 'epochs', 'batch', 'lr')]
     told = '. '.join(w for w in (r.paper, r.cost, published(r) and f'Published: {published(r)} %') if w)
-    return '\n\n'.join([f'({anchor(r)})=\n### `{r.name}`', f'{told}.', f'```\nfdsl run {stage} -p recipe {r.name} -p dataset {r.dataset} -p budget paper\n```', table(('value', ''), own)])
+    command = f'fdsl run {stage} -p recipe {r.name} -p dataset {r.dataset} -p budget paper'
+    title = f'({anchor(r)})=\n### `{r.name}`'
+    return '\n\n'.join([title, f'{told}.', f'```\n{command}\n```', table(('value', ''), own)])
 
 
 # Runs and machines
 
 def parameters(notebook):
     "What a run notebook may be asked."
-    rows = [(f'`{f.name}`', f.type.__name__, code(f.default), f.metadata['help']) for f in fields(NOTEBOOKS[notebook])]
+    rows = [(f'`{p.name}`', p.type.__name__, code(p.default), p.help) for p in read_parameters(notebook).values()]
     return table(('parameter', 'type', 'default', 'what it is'), rows)
 
 
 def notebooks():
     "All run notebooks with their parameters."
-    return '\n\n'.join(f'## `{n}`\n\n[The notebook](chapters/{n}.ipynb).\n\n{parameters(n)}' for n in NOTEBOOKS if (HERE.parent/'nbs'/f'{n}.ipynb').exists())
+    parts = []
+    for name in run_notebooks():
+        if (NBS/f'{name}.ipynb').exists():
+            link = f'[The notebook](chapters/{name}.ipynb).'
+            parts += [f'## `{name}`', link, parameters(name)]
+    return '\n\n'.join(parts)
 
 
 def settings():
@@ -128,20 +153,67 @@ def settings():
 
 # The book
 
-FLOORS = {'0': 'Numbers', '1': 'Formulas', '2': 'Data', '3': 'Training', '4': 'People'}
+# Packages from the lowest to the highest; one that is not here comes last, by its name alone.
+PACKAGES = {
+    'core': 'What everything rests on: settings, addressed random numbers, pens, runs as folders.',
+    'formulas': 'Pictures from numbers: what a formula data set is, and all published families.',
+    'models': "timm's networks and everybody's weights: checkpoints read, converted and written.",
+    'data': 'From a name or a folder to batches: data sets, augmentation, shards, streams.',
+    'build': 'Data sets on disk: written in parallel, continued after a kill, verified and repaired.',
+    'training': 'From a configuration to weights, and what the weights are worth.',
+    'app': 'What people touch: the explorer, run notebooks, reports, the command `fdsl`.'}
+
+
+@cache
+def modules_of_notebooks():
+    "The notebooks of the library, each with the module it exports, as `package.name`."
+    texts = {p: p.read_text('utf-8') for p in NBS.glob('*/*.ipynb')}
+    exported = {p: re.search(r'#\| *default_exp:? +([\w.]+)', text) for p, text in texts.items()}
+    return {p: found[1] for p, found in exported.items() if found}
+
+
+def chapters_by_package():
+    "The notebooks of each package by their numbers, packages from the lowest to the highest."
+    known = {name: [] for name in PACKAGES}
+    for path in sorted(modules_of_notebooks()):
+        known.setdefault(path.parent.name, []).append(path)
+    return {name: paths for name, paths in known.items() if paths}
+
+
+def run_chapters():
+    return sorted(NBS.glob('*.ipynb'))
+
+
+def toctree(pages, *options):
+    return '\n'.join(['```{toctree}', ':maxdepth: 1', *options, '', *pages, '```'])
 
 
 def chapters():
-    "Contents of all chapters by floor, then the run notebooks."
-    names = sorted(p.stem for p in (HERE.parent/'nbs').glob('*.ipynb'))
-    trees = {title: [n for n in names if n[0] == floor] for floor, title in FLOORS.items()} | {'Run notebooks': [n for n in names if not n[0].isdigit()]}
-    return '\n\n'.join(f'## {title}\n\n```{{toctree}}\n:maxdepth: 1\n\n' + '\n'.join(f'chapters/{n}' for n in found) + '\n```' for title, found in trees.items())
+    "Contents of all chapters by package, then the run notebooks."
+    parts = []
+    for name, paths in chapters_by_package().items():
+        pages = [f'chapters/{name}/{p.stem}' for p in paths]
+        parts += [f'## {name}', PACKAGES.get(name, ''), toctree(pages)]
+    told = 'Forms for papermill: a cell of parameters, and calls of the library.'
+    pages = [f'chapters/{p.stem}' for p in run_chapters()]
+    return '\n\n'.join([*parts, '## Run notebooks', told, toctree(pages)])
+
+
+def one_sentence(module):
+    "What a module says of itself, which is the subtitle of its notebook."
+    return ' '.join((importlib.import_module(f'fdsl_nb.{module}').__doc__ or '').split()).strip('*')
 
 
 def modules():
-    "Contents of the reference."
-    stems = sorted(p.stem for p in Path(__import__('fdsl_nb').__file__).parent.glob('[a-z]*.py'))
-    return '```{toctree}\n:maxdepth: 1\n\n' + '\n'.join(f'api/{m}' for m in stems if m != 'worker') + '\n```'
+    "The reference by package: every module with its sentence."
+    parts = []
+    for name, paths in chapters_by_package().items():
+        known = [modules_of_notebooks()[p] for p in paths]
+        rows = [(f'[`{m}`](api/{m.replace(".", "/")}.rst)', one_sentence(m)) for m in known]
+        pages = [f'api/{m.replace(".", "/")}' for m in known]
+        contents = table(('module', 'what it is for'), rows)
+        parts += [f'## {name}', PACKAGES.get(name, ''), contents, toctree(pages, ':hidden:')]
+    return '\n\n'.join(parts)
 
 
 # Contents
@@ -171,4 +243,5 @@ def julia():
     exec(compile(first_code('own-formula.md'), 'own-formula.md', 'exec'), space)
     f = space['Julia'](size=128)
     picture = png_bytes(tiled([[f.render(c, k) for k in range(6)] for c in range(4)], side=110))
-    return f'![Julia sets: four classes in rows, six instances each](data:image/png;base64,{base64.b64encode(picture).decode()})'
+    data = base64.b64encode(picture).decode()
+    return f'![Julia sets: four classes in rows, six instances each](data:image/png;base64,{data})'

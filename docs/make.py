@@ -1,7 +1,10 @@
 """Builds the documentation into docs/_build/html: python docs/make.py
 
-Pages are gathered in docs/_build/source: what is written here, the notebooks with their stored outputs, and what only the package can say
-(recipes, knobs, parameters, the reference). Nothing is executed but the sliders' pictures. With all of it there, Sphinx needs no network, and neither does a reader."""
+Pages are gathered in docs/_build/source: what is written here, the notebooks with their stored
+outputs, and what only the package can say (recipes, knobs, parameters, the reference). Nothing is
+executed but the sliders' pictures. With all of it there, Sphinx needs no network, and neither does
+a reader.
+"""
 import ast
 import hashlib
 import importlib
@@ -17,6 +20,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import inserts
+from house import imports_of
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -31,13 +35,16 @@ FROM_NPM = {
 # Bundles
 
 def fetch_bundles():
-    "Fetches from npm what is not there yet; `SystemExit` where a file is another one than ours or npm is missing."
+    "Fetches from npm what is not there yet; `SystemExit` where a file is not ours, or npm missing."
     for package, files in FROM_NPM.items():
         name = re.sub(r'@[\d.]+$', '', package)
         if all((BUNDLES/name/file).exists() for file in files):
             continue
         if not shutil.which('npm'):
-            sys.exit('docs/make.py: npm is not here, and it brings MathJax and the widgets; install Node.js (Debian: apt-get install npm)')
+            sys.exit(
+                'docs/make.py: npm is not here, and it brings MathJax and the widgets; '
+                'install Node.js (Debian: apt-get install npm)'
+            )
         BUNDLES.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(['npm', 'pack', '--silent', package], cwd=BUNDLES, check=False, capture_output=True, text=True)
         if done.returncode:
@@ -48,7 +55,8 @@ def fetch_bundles():
                 content = tar.extractfile(f'package/{file}').read()
                 found = hashlib.sha256(content).hexdigest()
                 if found != expected:
-                    sys.exit(f'docs/make.py: {file} of {package} has SHA-256 {found}, not {expected}; do not use it')
+                    told = f'{file} of {package} has SHA-256 {found}, not {expected}'
+                    sys.exit(f'docs/make.py: {told}; do not use it')
                 (BUNDLES/name/file).parent.mkdir(parents=True, exist_ok=True)
                 (BUNDLES/name/file).write_bytes(content)
         archive.unlink()
@@ -70,7 +78,7 @@ def page_of(path):
     "Where a file of the repository is among the pages; files that are no pages go to `files/`."
     path = Path(path)
     if path.suffix == '.ipynb':
-        return Path('chapters')/path.name
+        return Path('chapters')/path.relative_to('nbs')
     if path.parts[0] == 'docs':
         return path.relative_to('docs')
     special = {'README.md': 'index.md', 'CONTRIBUTING.md': 'contributing.md', 'CHANGELOG.md': 'changelog.md'}
@@ -78,7 +86,7 @@ def page_of(path):
 
 
 def redirected(text, origin):
-    "A page's text with its links, which lead through the repository, leading through the pages; other files are copied beside."
+    "A page's text, its links leading through the pages; files that are no pages come along."
     here = page_of(origin).parent
     def redirect(m):
         target, _, anchor = m[1].partition('#')
@@ -97,7 +105,7 @@ def redirected(text, origin):
 
 
 def write_page(origin):
-    "A Markdown file of the repository, its `<!-- insert NAME … -->` replaced by what `inserts` makes of them."
+    "A Markdown file of the repository; `<!-- insert NAME … -->` becomes what `inserts` makes of it."
     text = redirected((ROOT/origin).read_text('utf-8'), origin)
     text = re.sub(r'<!-- insert (\w+) ?(.*?) -->', lambda m: getattr(inserts, m[1])(*m[2].split()), text)
     (SOURCE/page_of(origin)).write_text(text, 'utf-8')
@@ -120,42 +128,56 @@ def prose(text):
     return dict(cell_type='markdown', metadata={}, source=text)
 
 
+def module_of(path):
+    "The module that a notebook exports, as `package.name`; None for a run notebook."
+    return inserts.modules_of_notebooks().get(path)
+
+
 def chapter(path):
-    "Makes a page of a notebook, without directives and hidden cells; returns what its names are in the reference."
-    notebook = json.loads(path.read_text('utf-8'))
-    module, names, cells = None, {}, []
+    "Makes a page of a notebook, without hidden cells; name → full name of what its code uses."
+    notebook, module, origin = json.loads(path.read_text('utf-8')), module_of(path), path.relative_to(ROOT).as_posix()
+    page = page_of(origin)
+    names, cells = {}, []
     for cell in notebook['cells']:
         cell['source'] = ''.join(cell['source'])
         found = dict(directives(cell))
-        module = found.get('default_exp', module)
-        for package, imported in re.findall(r'^from (fdsl_nb\S+) import ([\w, ]+)$', cell['source'], re.MULTILINE):
-            names |= {n.strip(): f'{package}.{n.strip()}' for n in imported.split(',')}
+        names |= imports_of(cell['source'])
         if 'hide' in found or 'default_exp' in found:
             continue
         if 'export' in found:
             cell['metadata']['tags'] = ['exported']
             names |= {name: f'fdsl_nb.{module}.{full}' for name, full in patched_methods(cell)}
-        cell['source'] = redirected(cell['source'], f'nbs/{path.name}') if cell['cell_type'] == 'markdown' else re.sub(r'^#\|.*\n?', '', cell['source'], flags=re.MULTILINE)
+        if cell['cell_type'] == 'markdown':
+            cell['source'] = redirected(cell['source'], origin)
+        else:
+            cell['source'] = re.sub(r'^#\|.*\n?', '', cell['source'], flags=re.MULTILINE)
         cells.append(cell)
     if module:
         names |= {n: f'fdsl_nb.{module}.{n}' for n in importlib.import_module(f'fdsl_nb.{module}').__all__}
-        cells.insert(1, prose(f'Module [`fdsl_nb.{module}`](../api/{module}.rst), written as the notebook `nbs/{path.name}`. Cells with a coloured edge are the package.'))
+        link = os.path.relpath(api_page_of(module), page.parent)
+        told = f'Module [`fdsl_nb.{module}`]({link}), written as the notebook `{origin}`.'
+        cells.insert(1, prose(f'{told} Cells with a coloured edge are the package.'))
     notebook['cells'] = [dict(c, id=f'cell-{n}') for n, c in enumerate(cells)]
     notebook['metadata']['language_info'] = dict(name='python', pygments_lexer='python')
-    (SOURCE/page_of(f'nbs/{path.name}')).write_text(json.dumps(notebook), 'utf-8')
+    (SOURCE/page).parent.mkdir(parents=True, exist_ok=True)
+    (SOURCE/page).write_text(json.dumps(notebook), 'utf-8')
     return names
 
 
 # Reference
 
-def api_page(module, chapters):
+def api_page_of(module):
+    "Where the reference of `package.name` is among the pages."
+    return Path('api', *module.split('.')).with_suffix('.rst')
+
+
+def api_page(module, chapter):
     "A page that lists a module's public names in the order of the source."
     python = importlib.import_module(f'fdsl_nb.{module}')
     words = ' '.join((python.__doc__ or '').split()).strip('*').replace('`', '``')
     title = f'fdsl_nb.{module}'
     lines = [title, '=' * len(title), '', words, '', f'.. module:: {title}', '']
-    if module in chapters:
-        lines += [f'The chapter that explains it: :doc:`/chapters/{chapters[module]}`', '']
+    lines += [f'The chapter that explains it: :doc:`/{chapter.with_suffix("")}`', '']
     for name in getattr(python, '__all__', ()):
         thing = getattr(python, name)
         if inspect.isclass(thing):
@@ -164,31 +186,32 @@ def api_page(module, chapters):
         else:
             lines += [f'.. {"autofunction" if inspect.isroutine(thing) else "autodata"}:: {name}']
         lines.append('')
-    (SOURCE/'api'/f'{module}.rst').write_text('\n'.join(lines), 'utf-8')
+    page = SOURCE/api_page_of(module)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text('\n'.join(lines), 'utf-8')
 
 
 def gather():
     "All pages into SOURCE."
     shutil.rmtree(SOURCE, ignore_errors=True)
-    for name in ('chapters', 'api'):
-        (SOURCE/name).mkdir(parents=True)
     place_bundles()
     for folder in ('images', 'cluster'): shutil.copytree(HERE/folder, SOURCE/folder)
     for path in (*HERE.glob('*.md'), ROOT/'CONTRIBUTING.md', ROOT/'CHANGELOG.md'):
         write_page(str(path.relative_to(ROOT)))
-    notebooks = sorted((ROOT/'nbs').glob('*.ipynb'))
-    names = {f'chapters/{path.stem}': chapter(path) for path in notebooks}
+    notebooks = [path for paths in inserts.chapters_by_package().values() for path in paths]
+    pages = {path: page_of(path.relative_to(ROOT)) for path in [*notebooks, *inserts.run_chapters()]}
+    names = {page.with_suffix('').as_posix(): chapter(path) for path, page in pages.items()}
     (SOURCE/'names.json').write_text(json.dumps(names), 'utf-8')
-    chapters = {m: p.stem for p in notebooks for m in re.findall(r'#\| default_exp (\w+)', p.read_text('utf-8'))}
-    for module in chapters:
-        api_page(module, chapters)
+    for path in notebooks:
+        api_page(module_of(path), pages[path])
 
 
 def main():
     fetch_bundles()
     gather()
     shutil.rmtree(HTML, ignore_errors=True)
-    words = ['-b', 'html', '-j', '2', '-q', '-W', '--keep-going', '-c', HERE, '-d', HERE/'_build'/'doctrees', SOURCE, HTML]
+    words = ['-b', 'html', '-j', '2', '-q', '-W', '--keep-going', '-c', HERE]
+    words += ['-d', HERE/'_build'/'doctrees', SOURCE, HTML]
     done = subprocess.run([sys.executable, '-m', 'sphinx', *map(str, words)], check=False)
     if done.returncode == 0:
         print('documentation:', os.path.relpath(HTML/'index.html'))

@@ -4,10 +4,11 @@ import io
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
-from fdsl_nb import explore
+from helpers import pixels
+from fdsl_nb.app import explore
 from fdsl_nb.app.attention import as_input, attend, explore_attention, layer_maps, over_image, patch_map, rollout, show_attention, top_labels, watched
 from fdsl_nb.models.checkpoints import load_weights
-from fdsl_nb.data.datasets import DigitsDataset
+from fdsl_nb.data.loading import DigitsDataset
 from fdsl_nb.models.models import create_model
 
 GOLDEN = Path(__file__).parent/'golden'
@@ -123,7 +124,6 @@ def test_figure():
 
 # The widget
 
-def pixels(png): return np.array(Image.open(io.BytesIO(png)))
 
 def test_widget_shows_what_the_functions_give():
     model, digits = vit(), DigitsDataset('test')

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import papermill
 import pytest
-from acted import epoch, made
+from fake_runs import add_fake_epoch, fake_run
 from PIL import Image
 
 from fdsl_nb.app.browser import RunBrowser, browse, look, report_links
@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def root(tmp_path):
-    made(tmp_path, 'rcdb/first', lr=0.2)
-    made(tmp_path, 'rcdb/second', 'failed', 1)
-    made(tmp_path, 'atoms', 'running', 2, dataset='visualatom')
+    fake_run(tmp_path, 'rcdb/first', lr=0.2)
+    fake_run(tmp_path, 'rcdb/second', 'failed', 1)
+    fake_run(tmp_path, 'atoms', 'running', 2, dataset='visualatom')
     return tmp_path
 
 
@@ -55,7 +55,7 @@ def test_only_what_changed_is_read_again(root, monkeypatch):
     first, reads = look(root), []
     monkeypatch.setattr('fdsl_nb.app.browser.read_run', lambda path: reads.append(path.name) or read_run(path))
     assert look(root, first) == first and reads == []
-    epoch(RunFolder(root/'atoms'), 2)
+    add_fake_epoch(RunFolder(root/'atoms'), 2)
     assert len(look(root, first)[root/'atoms'][1].epochs) == 3 and reads == ['atoms']
 
 
@@ -71,6 +71,7 @@ def test_a_damaged_run_is_shown_beside_the_others(root, opened):
     assert 'damaged' not in opened.message.value and '2.5' in line(opened, 'rcdb/first')
 
 
+@pytest.mark.long
 def test_status_of_any_damage_does_not_stop_a_look(root, opened):
     whole = (root/'atoms'/'status.json').read_bytes()
     for data in (b'', whole[:20], b'[]', b'{"state": "running"}', *(whole[:i] + bytes([whole[i] ^ 0x11]) + whole[i + 1:] for i in range(0, len(whole), 3))):
@@ -79,6 +80,7 @@ def test_status_of_any_damage_does_not_stop_a_look(root, opened):
         assert 'rcdb/first' in line(opened, 'rcdb/first')
 
 
+@pytest.mark.process
 def test_a_run_whose_process_died_is_interrupted(root, opened):
     code = f'import time; from fdsl_nb.core.folder import RunFolder, set_status; set_status(RunFolder({str(root/"atoms")!r}), "running"); print("up", flush=True); time.sleep(100)'
     child = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -156,12 +158,12 @@ def test_it_follows_a_run_and_stops_with_the_widget(root, opened):
     opened.live.value = True
     thread = opened.thread
     assert thread.daemon and '2/10' in line(opened, 'atoms')
-    epoch(RunFolder(root/'atoms'), 2)
+    add_fake_epoch(RunFolder(root/'atoms'), 2)
     assert wait_for(lambda: '3/10' in line(opened, 'atoms')) and '20' in line(opened, 'atoms')
     before = opened.curves.value
-    epoch(RunFolder(root/'atoms'), 3)
+    add_fake_epoch(RunFolder(root/'atoms'), 3)
     assert wait_for(lambda: opened.curves.value != before), 'the open page follows'
-    made(root, 'new one')
+    fake_run(root, 'new one')
     assert wait_for(lambda: root/'new one' in opened.lines)
     opened.widget.close()
     thread.join(10)
@@ -200,6 +202,7 @@ def test_a_table_for_a_person_and_a_picture_for_a_program(kernel, root, person, 
     assert state['content']['status'] == 'ok', state
 
 
+@pytest.mark.process
 def test_the_run_notebook_is_a_report(root, tmp_path):
     out = tmp_path/'browse.ipynb'
     papermill.execute_notebook(str(ROOT/'nbs'/'browse.ipynb'), str(out), dict(root=str(root), runs='atoms,rcdb/first', published={'a paper': 97.0}), progress_bar=False, cwd=str(tmp_path))

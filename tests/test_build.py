@@ -1,6 +1,6 @@
 """Data sets on disk: what is written, what is refused, what survives a kill, and that reading gives back every image once."""
 
-import errno, hashlib, json, os, random, shutil, signal, subprocess, sys, tarfile, threading, time, zipfile
+import errno, hashlib, io, json, os, random, shutil, signal, subprocess, sys, tarfile, threading, time, zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,19 +14,21 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import PILToTensor
 import webdataset
-from fdsl_nb import build as building
-from fdsl_nb.build.build import build, local_executor, make_plan, open_executor, parameter_table, read_lines
+from fdsl_nb.build import build as building
+from fdsl_nb.build.build import build, local_executor, make_plan, open_executor, read_lines
 from fdsl_nb.app.builds import run_build, start_build, verify_build
 from fdsl_nb.models.checkpoints import read_checkpoint
 from fdsl_nb.formulas.contours import RCDB, VisualAtom
-from fdsl_nb.data.datasets import EpochBatches, FormulaDataset, open_dataset, train_loader
+from fdsl_nb.data.loading import EpochBatches, FormulaDataset, train_loader
+from fdsl_nb.data.datasets import open_dataset
 from fdsl_nb.core.folder import RunFolder
 from fdsl_nb.formulas.ifs import FractalDB, OFDB2D, OnePFrac
 from fdsl_nb.formulas.ifs3d import ExFractalDB, MVFractalDB, OFDB3D
+from fdsl_nb.build.source import parameter_table
 from fdsl_nb.build.parquet import export_parquet, features, part_file
 from fdsl_nb.app.runs import configuration
 from fdsl_nb.core.settings import Resolved
-from fdsl_nb.data.shards import BuiltDataset, Plan, Shuffle, decode, encode, published_file
+from fdsl_nb.data.shards import BuiltDataset, Plan, Shuffle, decode, encode
 from fdsl_nb.data.streams import ShardStream, share, spans, stream_loader
 from fdsl_nb.training.training import run_training
 from fdsl_nb.build.verify import repair, verify
@@ -40,8 +42,7 @@ def make(out, **more): return build(SMALL, out, workers=0, progress=quiet, **mor
 def rgb(image): return np.array(image.convert('RGB'))     # a data set may hand out grey images or RGB ones
 def contents(folder): return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob('*')) if p.is_file()}
 
-@pytest.fixture(autouse=True)
-def own_data_root(tmp_path, monkeypatch): monkeypatch.setenv('FDSL_DATA_ROOT', str(tmp_path/'data'))
+pytestmark = pytest.mark.usefixtures('own_data_root')
 
 @pytest.fixture(scope='module')
 def shards(tmp_path_factory):
@@ -66,7 +67,7 @@ def test_every_image_reads_back(tmp_path, arrangement):
     FractalDB(classes=1, instances=1000, size=32, points=500, weight=0.1), OnePFrac(classes=2, size=32, points=2000), MVFractalDB(classes=1, size=32, points=300, instances=30),
     ExFractalDB(classes=1, size=32, points=300, instances=13), OFDB3D(classes=2, size=32, points=300, axes=2)], ids=lambda f: f.name)
 def test_published_names_are_the_reference_streams(f):
-    ours = [published_file(f, c, k) for c in range(f.classes) for k in range(f.instances)]
+    ours = [f.published_file(c, k) for c in range(f.classes) for k in range(f.instances)]
     theirs = [s.file for s in f.reference()]
     if f.name == 'visualatom':      # the class's number of corners is the stream's own; the rest of the name is not
         assert ours[0] == f'00007/vertex_{f.category(0).vertices:04d}_instance_0000.png'
@@ -97,6 +98,41 @@ def test_other_data_sets_are_written_too(tmp_path):
         both = [Counter((np.array(x).tobytes(), y) for x, y in (d[i] for i in range(len(d)))) for d in (stored, digits)]
         assert both[0] == both[1]
     assert open_dataset(str(tmp_path/'digits'), 'train') is None if (tmp_path/'digits'/'train').exists() else True
+
+class Own:
+    "A data set of somebody's own: nothing of this package, nothing of torch; classes in any order."
+    classes = ['cat', 'dog']
+    def __init__(self, kind=Image.fromarray): self.kind = kind
+    def __len__(self): return 30
+    def label(self, i): return i % 2
+    def __getitem__(self, i): return self.kind(np.full((8, 9), 7 * i, np.uint8)), self.label(i)
+
+def tensor(pixels): return torch.tensor(pixels) / 255
+
+@pytest.mark.parametrize('arrangement', [LAYOUTS[0], LAYOUTS[2]], ids=['plain', 'shards'])
+def test_a_data_set_object_is_written_and_mended_by_whoever_has_it(tmp_path, arrangement):
+    build(Own(), tmp_path/'out', workers=0, progress=quiet, **arrangement)
+    before, back = contents(tmp_path/'out'), open_dataset(str(tmp_path/'out'))
+    assert back.classes == Own.classes and sorted((np.array(x)[0, 0], y) for x, y in (back[i] for i in range(30))) == [(7 * i, i % 2) for i in range(30)]
+    assert json.loads((tmp_path/'out'/'manifest.json').read_text())['source'] == dict(object=f'{__name__}:Own', length=30)
+    next((tmp_path/'out').rglob('*.tar' if arrangement['layout'] == 'shards' else '*_0003.png')).unlink()
+    with pytest.raises(ValueError, match='manifest.json: this was built from a data set object .*Own, 30 images.*give it yourself'): repair(tmp_path/'out')
+    repair(tmp_path/'out', source=Own())
+    assert contents(tmp_path/'out') == before and verify(tmp_path/'out') == []
+    with pytest.raises(ValueError, match='holds another build'): build('digits', tmp_path/'out', 'val', workers=0, **arrangement)
+
+@pytest.mark.process
+def test_a_data_set_object_goes_to_other_processes_or_says_why_not(tmp_path):
+    digits = open_dataset('digits', 'val')
+    with local_executor(1) as pool:
+        build(digits, tmp_path/'object', executor=pool, progress=quiet, layout='shards')
+        with pytest.raises(ValueError, match="Own cannot be sent to worker processes .*give workers=0"): build(Own(lambda x: x), tmp_path/'lambda', executor=pool, progress=quiet)
+    build('digits', tmp_path/'name', 'val', workers=0, progress=quiet, layout='shards')
+    assert (tmp_path/'object'/'manifest.csv').read_text() == (tmp_path/'name'/'manifest.csv').read_text()
+
+@pytest.mark.parametrize('source, says', [([1, 2], 'has no classes; give a formula'), (7, 'has no __len__'), (Own(tensor), r'image 0 of Own is float32 \[8, 9\] and no picture')], ids=['list', 'number', 'tensors'])
+def test_what_is_no_source_is_refused(tmp_path, source, says):
+    with pytest.raises((TypeError, ValueError), match=says): build(source, tmp_path/'out', workers=0, progress=quiet)
 
 @pytest.mark.parametrize('f', [RCDB(classes=3, size=32), OFDB2D(classes=2, size=32), OFDB3D(classes=2, size=32)], ids=lambda f: f.name)
 def test_parameter_table_has_every_class(f):
@@ -130,6 +166,7 @@ def test_bytes_do_not_depend_on_workers(tmp_path, arrangement):
     with ThreadPoolExecutor(3) as pool: build(SMALL, tmp_path/'threads', executor=pool, progress=quiet, **arrangement)
     assert contents(tmp_path/'alone') == contents(tmp_path/'threads')
 
+@pytest.mark.process
 def test_local_processes_write_the_same_bytes_and_may_be_killed(tmp_path):
     "One pool for both, since starting it takes seconds."
     make(tmp_path/'alone', **LAYOUTS[3])
@@ -181,6 +218,7 @@ def test_disk_faults_say_what_was_kept(tmp_path, monkeypatch, fault, says):
     make(tmp_path/'out', layout='shards', shard_images=32)
     assert verify(tmp_path/'out') == []
 
+@pytest.mark.process
 @pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() != 0, reason='needs to mount a small disk')
 def test_a_disk_that_is_really_full(tmp_path):
     (tmp_path/'disk').mkdir()
@@ -254,6 +292,7 @@ def kill_and_continue(tmp_path, layout, kills, workers=2, classes=50, longest=4)
     subprocess.run(command, check=True, capture_output=True)
     return contents(tmp_path/'out'), hits
 
+@pytest.mark.process
 def test_a_killed_build_ends_like_an_undisturbed_one(tmp_path):
     found, _ = kill_and_continue(tmp_path, 'shards', 1, workers=0, classes=10, longest=0.8)
     build(VisualAtom(classes=10, instances=40, size=96), tmp_path/'whole', workers=0, progress=quiet, layout='shards', shard_images=50)
@@ -266,6 +305,7 @@ def test_ten_kills(tmp_path, layout):
     build(MANY, tmp_path/'whole', workers=0, progress=quiet, layout=layout, **(dict(shard_images=50) if layout == 'shards' else {}))
     assert found == contents(tmp_path/'whole') and hits >= 2
 
+@pytest.mark.process
 def test_dask_writes_the_same_bytes(tmp_path):
     "A cluster that runs already, by its address; and one made for the build."
     def built(name, scheduler):
@@ -361,6 +401,7 @@ def test_a_compressed_tar_says_what_to_do(tmp_path):
     with tarfile.open(tmp_path/'a.tar', 'w:gz') as tar: tar.add(__file__, 'x/y.png')
     with pytest.raises(ValueError, match='pack it anew without compression'): open_dataset(str(tmp_path/'a.tar'))
 
+@pytest.mark.process
 @pytest.mark.parametrize('workers', [0, 2])
 def test_first_epoch_is_that_of_the_online_data_set(shards, workers):
     "Same seed, same tensors: training cannot tell a build from its formula."
@@ -381,6 +422,7 @@ def test_a_lost_index_is_no_loss(shards, tmp_path):
     try: assert [one.read(i) for i in range(0, 120, 7)] == expected
     finally: (tmp_path/'index').rename(shards/'index')
 
+@pytest.mark.process
 def test_others_shards_by_pattern(shards, tmp_path):
     for n in range(4): (tmp_path/f'x-{n}.tar').write_bytes((shards/f'SHARDS-00000{n}.tar').read_bytes())
     for name in (f'{tmp_path}/x-{{0..3}}.tar', f'{tmp_path}/x-*.tar', str(tmp_path)):
@@ -390,6 +432,7 @@ def test_others_shards_by_pattern(shards, tmp_path):
     assert any((np.array(image) == SMALL.render(c, k)).all() for k in range(20))
     with pytest.raises(ValueError, match='pipe:cat x.tar cannot be read'): open_dataset('pipe:cat x.tar')
 
+@pytest.mark.process
 @pytest.mark.filterwarnings('ignore:This DataLoader will create')
 @pytest.mark.parametrize('world, workers, batch, buffer', [(1, 0, 7, 0), (2, 2, 8, 10), (3, 2, 12, 200), (4, 3, 4, 3)])
 def test_streams_lose_and_double_nothing(shards, world, workers, batch, buffer):
@@ -404,6 +447,7 @@ def test_streams_lose_and_double_nothing(shards, world, workers, batch, buffer):
             lengths.append(len(own)); seen += own
         assert len(set(lengths)) == 1 and len(seen) == len(set(seen)) == 120 // batch * batch
 
+@pytest.mark.process
 @pytest.mark.filterwarnings('ignore:This DataLoader will create')
 @pytest.mark.parametrize('workers, first', [(0, 3), (2, 3), (3, 4)])
 def test_streams_resume_in_an_epoch(shards, workers, first):
@@ -424,6 +468,7 @@ def test_shares_cover_an_epoch_for_any_numbers():
         counts = [9] * (records // 9) + [records % 9]
         for part in parts: assert sum(stop - start for _, start, stop in spans(counts, *part)) == part[1]
 
+@pytest.mark.process
 @pytest.mark.filterwarnings('ignore:skipped')
 @pytest.mark.parametrize('workers', [0, 2])
 def test_damaged_records_are_named_or_counted(shards, tmp_path, workers):
@@ -442,6 +487,7 @@ def test_damaged_records_are_named_or_counted(shards, tmp_path, workers):
     with pytest.raises(ValueError, match="on_error='warn' is not known"): BuiltDataset(copy, on_error='warn')
 
 
+@pytest.mark.process
 @pytest.mark.filterwarnings('ignore:This DataLoader will create')
 @pytest.mark.parametrize('world, workers, repeats, images', [(1, 0, 3, None), (2, 2, 3, None), (1, 0, 1, 64), (1, 0, 2, 400), (2, 0, 3, 104)])
 def test_streams_repeat_and_cut_as_numbered_sets_do(shards, world, workers, repeats, images):
@@ -490,6 +536,7 @@ def test_pretraining_cannot_tell_a_build_from_its_formula(tmp_path, layout, form
     online, _ = trained(tmp_path/'online', dataset='visualatom', classes=4, instances=20, seed=5)
     assert [k for k in online if not torch.equal(online[k], weights[k])] == []
 
+@pytest.mark.process
 @pytest.mark.parametrize('processes', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_pretraining_from_a_pipe(shards, tmp_path, processes):
     "As from any data set: counted once, then streamed; and again to the same bit."
@@ -499,6 +546,7 @@ def test_pretraining_from_a_pipe(shards, tmp_path, processes):
     assert all(torch.equal(a, b) for a, b in zip(runs[0][0].values(), runs[1][0].values(), strict=True))
     assert len(list((tmp_path/'data'/'streams').iterdir())) == 4
 
+@pytest.mark.process
 def test_shards_over_http(shards, tmp_path):
     if shutil.which('curl') is None: pytest.skip('webdataset opens URLs by curl, which is not installed')
     handler = partial(SimpleHTTPRequestHandler, directory=str(shards))
@@ -538,6 +586,7 @@ def test_the_datasets_library_reads_the_parquet(tmp_path, monkeypatch):
         assert isinstance(one.features['image'], datasets.Image) and one.features['label'].names == features(make_plan(SMALL))['label']['names']
         assert sum(row['label'] for row in one) == 20 * sum(range(6)) and next(iter(one))['image'].size == (48, 48)
 
+@pytest.mark.process
 def test_a_stopped_export_continues(tmp_path):
     pytest.importorskip('pyarrow', reason='the extra parquet is not installed')
     export(tmp_path/'whole')
@@ -551,6 +600,12 @@ def test_a_stopped_export_continues(tmp_path):
     with pytest.raises(ValueError, match='holds images of another export'): export(tmp_path/'out', seed=1)
     (tmp_path/'out'/'cat.jpg').touch()
     with pytest.raises(ValueError, match='holds cat.jpg, which this export would not write'): export(tmp_path/'out')
+
+def test_a_data_set_object_becomes_parquet(tmp_path):
+    parquet = pytest.importorskip('pyarrow.parquet', reason='the extra parquet is not installed')
+    export_parquet(Own(), tmp_path/'out', workers=0, progress=quiet)
+    rows = parquet.read_table(tmp_path/'out'/part_file(make_plan(Own(), 'shards'), 0)).to_pylist()
+    assert sorted((np.array(Image.open(io.BytesIO(row['image']['bytes'])))[0, 0], row['label']) for row in rows) == [(7 * i, i % 2) for i in range(30)]
 
 def test_a_damaged_parquet_file_is_named(tmp_path):
     parquet = pytest.importorskip('pyarrow.parquet', reason='the extra parquet is not installed')

@@ -3,7 +3,7 @@
 import random, shutil
 from pathlib import Path
 import pytest, torch
-from bundles import message, table, write_bundle
+from tensorflow_bundles import message, table, write_bundle
 from fdsl_nb.models.bundle import DTYPES, SLOT, VALUE, bundle_tree, check_bundle, fields, open_bundle, read_index, slots, varint
 from fdsl_nb.models.checkpoints import CheckpointError, load_weights, read_checkpoint
 from fdsl_nb.models.models import create_model

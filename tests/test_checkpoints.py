@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, safetensors.torch, timm, torch
 from timm.utils import CheckpointSaver
 import fdsl_nb.models.checkpoints
+from helpers import equal
 from fdsl_nb.models.checkpoints import CheckpointError, export_model, load_weights, read_checkpoint, read_weights, save_checkpoint
 from fdsl_nb.models.models import create_model, freeze, resize_position_embedding
 
@@ -15,7 +16,6 @@ def vit(classes=10, image_size=32, seed=0, **kwargs):
     return create_model(ARCH, classes, image_size, seed=seed, **dict(patch_size=8, depth=2, embed_dim=48, num_heads=3) | kwargs)
 
 def save(path, model=None, **kwargs): return save_checkpoint(path, model or vit(), **dict(arch=ARCH, epoch=0) | kwargs)
-def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 def names(folder): return sorted(f.name for f in folder.iterdir())
 
 
@@ -206,12 +206,14 @@ save_checkpoint(path, model, arch='vit_tiny_patch16_224', epoch=2)
 
 def writer(path, fault): return subprocess.run([sys.executable, '-c', WRITER, str(path), fault], check=False, capture_output=True, text=True, cwd=Path(__file__).parents[1])
 
+@pytest.mark.process
 def test_full_disk(tmp_path):
     path = save(tmp_path/'last.pth.tar', epoch=1)
     done = writer(path, 'full disk')
     assert done.returncode == 1 and 'OSError: last.pth.tar was not written' in done.stderr, done.stderr
     assert read_checkpoint(path)['epoch'] == 1 and names(tmp_path) == ['last.pth.tar']
 
+@pytest.mark.process
 def test_killed_while_writing(tmp_path):
     path = save(tmp_path/'last.pth.tar', epoch=1)
     (tmp_path/'.last.pth.tar.keep-me').touch()

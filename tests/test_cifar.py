@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np, pytest
 from sklearn.datasets import load_sample_images
 from torchvision.datasets import CIFAR10, CIFAR100
-from fdsl_nb import cifar
+from fdsl_nb.data import cifar
 from fdsl_nb.data.cifar import faults, held_out, open_cifar
 
 def md5(path): return hashlib.md5(path.read_bytes()).hexdigest()

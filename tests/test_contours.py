@@ -4,12 +4,13 @@ tests/golden/{rcdb,visualatom}_{script,thread,defaults}.json hold the SHA-256 of
 parameter files; *_canonical.json hold ours, so that no later change of a kernel moves a pixel unseen.
 """
 
-import hashlib, itertools, json, multiprocessing, pickle, tracemalloc
+import itertools, json, multiprocessing, pickle, tracemalloc
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 import numpy as np
 import pytest
+from helpers import sha
 from fdsl_nb.formulas.contours import RCDB, VisualAtom, AtomCategory, ContourCategory, corner_table
 from fdsl_nb.formulas.formula import formula
 
@@ -19,7 +20,6 @@ SMALL = dict(classes=5, instances=4, size=256, start_range=40)
 each_family = pytest.mark.parametrize('family', FAMILIES, ids=lambda f: f.name)
 
 def golden(name): return json.loads((GOLDEN/f'{name}.json').read_text('utf-8'))
-def sha(image): return hashlib.sha256(image).hexdigest()
 def drawn(name, c, k, **knobs): return sha(formula(name, **knobs).render(c, k))
 
 
@@ -110,6 +110,7 @@ def test_order_does_not_matter(family):
     assert {a: sha(again.render(*a)) for a in reversed(addresses)} == forward
     assert len(set(forward.values())) == len(addresses)
 
+@pytest.mark.process
 @each_family
 @pytest.mark.parametrize('kind', ['threads', 'processes'])
 def test_workers_draw_the_same(family, kind):
@@ -206,6 +207,7 @@ def test_addresses_outside_are_refused(family, c, k):
 
 # Memory
 
+@pytest.mark.long
 @each_family
 def test_memory_is_flat(family):
     f = family(size=128)

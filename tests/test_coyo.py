@@ -14,14 +14,11 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import PILToTensor
 
 from fdsl_nb.data.coyo import CoyoDataset, MultiHot, example_rows, list_shards, open_coyo, read_index, scan_shard, seal_shards, write_shards
-from fdsl_nb.data.datasets import EpochBatches, eval_loader, train_loader
+from fdsl_nb.data.loading import EpochBatches, eval_loader, train_loader
 
 TEN = dict(classes=10)
 
-
-@pytest.fixture(autouse=True)
-def own_data_root(tmp_path, monkeypatch):
-    monkeypatch.setenv('FDSL_DATA_ROOT', str(tmp_path/'data'))
+pytestmark = pytest.mark.usefixtures('own_data_root')
 
 
 @pytest.fixture
@@ -125,6 +122,7 @@ def test_a_bad_record_is_named_or_left_out_and_counted(tmp_path, fault):
     assert fault in reason and count == 1
 
 
+@pytest.mark.process
 def test_a_picture_that_will_not_decode(tmp_path):
     records = {f'00000000{n}.{suffix}': data for n in range(4) for suffix, data in (('jpg', jpeg(50 * n) if n != 2 else b'not a picture'), ('json', meta(labels=[n])))}
     path = pack(tmp_path/'00000.tar', records)
@@ -195,6 +193,7 @@ def test_a_damaged_header_is_not_the_end(tmp_path, sheets):
         scan_shard(path)
 
 
+@pytest.mark.process
 def test_processes_seal_as_one_does(sheets):
     paths = sheets[1]
     seal_shards(paths[0].parent)
@@ -229,6 +228,7 @@ def test_shards_by_every_kind_of_name(tmp_path, sheets):
         open_coyo(shards=folder, on_error='skp', **TEN)
 
 
+@pytest.mark.process
 def test_epochs_do_not_depend_on_processes_workers_or_stops(sheets):
     images = CoyoDataset(sheets[1], MultiHot(10, 0.2))
 

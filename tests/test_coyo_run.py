@@ -28,6 +28,7 @@ def train(folder, shards, **given):
     return run_training(config | dict(model_options=Resolved(TINY, 'test')))
 
 
+@pytest.mark.process
 def test_one_process_and_two_measure_every_image(shards, tmp_path):
     alone, two = train(tmp_path/'1', shards), train(tmp_path/'2', shards, processes=2)
     assert alone['images'] == two['images'] == 41 and alone['split'] == 'val'

@@ -3,17 +3,18 @@
 import json, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, safetensors.torch, timm, torch
-from bundles import write_bundle
+from tensorflow_bundles import write_bundle
+from helpers import equal
 from fdsl_nb.models.bundle import SLOT, VALUE, open_bundle
 from fdsl_nb.models.checkpoints import CheckpointError, export_model, load_weights, read_weights, save_checkpoint
-from fdsl_nb.models.coyo_vit import HUGGING_FACE_NAMES, CoyoViT, create_coyo_vit
-from fdsl_nb.models.models import create_model, resize_position_embedding
+from fdsl_nb.models.coyo_vit import CoyoViT
+from fdsl_nb.models.coyo_weights import HUGGING_FACE_NAMES
+from fdsl_nb.models.models import create_coyo_vit, create_model, resize_position_embedding
 
 GOLDEN = Path(__file__).parent/'golden'
 TINY = dict(embed_dim=64, depth=2, num_heads=4, mlp_ratio=2)
 
 def vit(classes=10, image_size=64, seed=0, **kwargs): return create_coyo_vit('vit-ti/16', classes, image_size, seed=seed, **TINY | kwargs)
-def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 @pytest.fixture(scope='module')
 def published(): return dict(np.load(GOLDEN/'coyo_ft_io.npz'))
@@ -257,6 +258,7 @@ def test_exported_and_rebuilt(tmp_path):
     assert isinstance(again, CoyoViT) and torch.equal(again(images), model(images))
     assert json.loads((folder/'config.json').read_text('utf-8'))['architecture'] == 'coyo_vit_tiny_patch16_224'
 
+@pytest.mark.process
 @pytest.mark.parametrize('asked', ["'coyo_vit_tiny_patch16_224', 10, 64, depth=1", "f'local-dir:{sys.argv[1]}', 10, 64, pretrained=True"], ids=['name', 'folder'])
 def test_known_to_a_program_that_imports_models_alone(tmp_path, asked):
     folder = export_model(tmp_path/'gift', vit(), 'coyo_vit_tiny_patch16_224')

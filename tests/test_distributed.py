@@ -2,7 +2,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -10,17 +9,14 @@ import time
 import psutil
 import pytest
 
+from helpers import free_port
+
 from fdsl_nb.training.distributed import LAUNCHERS, found_ranks, launch
 
 HELLO = "import json; from fdsl_nb.training.distributed import launch; print(json.dumps(launch('fdsl_nb.training.distributed:say_hello', {})))"
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
-
-
+@pytest.mark.process
 @pytest.mark.parametrize('name, rank, world, local', LAUNCHERS, ids=[row[0] for row in LAUNCHERS])
 def test_ranks_of_every_launcher_join(name, rank, world, local):
     meeting = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
@@ -39,6 +35,7 @@ def test_too_few_processes_are_refused():
         launch('fdsl_nb.training.distributed:say_hello', {}, 0)
 
 
+@pytest.mark.process
 def test_processes_end_with_a_killed_parent():
     wait = "from fdsl_nb.training.distributed import launch; launch('time:sleep', 60, 2)"
     parent = subprocess.Popen([sys.executable, '-c', wait], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -1,6 +1,5 @@
 """Evaluation beyond its chapters: processes, layouts, ReaL, refusals, damaged files, and evaluate.ipynb as users start it."""
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import environment, papermill
 from PIL import Image
 
 from fdsl_nb.models.checkpoints import CheckpointError, read_checkpoint, save_checkpoint
@@ -22,7 +22,8 @@ from fdsl_nb.core.settings import Resolved
 from fdsl_nb.training.training import run_training
 from fdsl_nb.training.validation import read_answers, run_validation
 
-NBS = Path(__file__).parent.parent/'nbs'
+pytestmark = pytest.mark.long
+
 TINY = dict(patch_size=4, embed_dim=48, depth=2, num_heads=2)
 
 
@@ -62,6 +63,7 @@ def test_the_same_as_the_training_run_counted(trained, examined):
     assert examined[1]['top1'] == 100 * examined[1]['correct'] / 800
 
 
+@pytest.mark.process
 @pytest.mark.parametrize('processes', (2, 3))
 def test_any_number_of_processes_gives_the_same_answers(processes, weights, examined, tmp_path):
     result, alone = examine(tmp_path, weights=weights, ema=True, metric='published', batch=48, processes=processes), examined[1]
@@ -99,6 +101,7 @@ def test_classes_without_images_come_last():
 
 # What is left
 
+@pytest.mark.process
 def test_the_folder_holds_answers_and_classes(examined):
     folder, result = examined
     assert {p.name for p in folder.iterdir()} == {'answers.npz', 'classes.csv', 'config.json', 'environment.txt', 'result.json', 'status.json'}
@@ -264,7 +267,7 @@ def test_a_network_that_diverged_is_an_error(weights, tmp_path):
 # Several labels an image
 
 def test_images_with_several_labels_have_figures_of_their_own(tmp_path, monkeypatch):
-    from fdsl_nb import validation
+    from fdsl_nb.training import validation
 
     class Stripes(torch.utils.data.Dataset):
         classes, multilabel = ['a', 'b', 'c'], True
@@ -378,19 +381,9 @@ def test_time_left_counts_from_the_latest_start(trained):
 
 # As users start it
 
-def environment(**more):
-    return {**os.environ, 'WANDB_MODE': 'disabled', 'OMP_NUM_THREADS': '1', **more}
-
-
-def papermill(folder, notebook='evaluate', **parameters):
-    folder.mkdir(exist_ok=True)
-    words = [w for k, v in parameters.items() for w in ('-p', k, str(v))]
-    return subprocess.run([sys.executable, '-m', 'papermill', str(NBS/f'{notebook}.ipynb'), str(folder/f'{notebook}.ipynb'), '--no-progress-bar', *words],
-        check=False, capture_output=True, text=True, env=environment(), timeout=300)
-
-
+@pytest.mark.process
 def test_the_run_notebook(weights, examined, tmp_path):
-    done = papermill(tmp_path, weights=weights, ema=True, metric='published', batch=48, processes=2, workers=1)
+    done = papermill('evaluate', tmp_path, weights=weights, ema=True, metric='published', batch=48, processes=2, workers=1)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path/'result.json').read_text())
     assert result['correct'] == examined[1]['correct'] and RunFolder(tmp_path).state == 'done'
@@ -400,8 +393,9 @@ def test_the_run_notebook(weights, examined, tmp_path):
     assert config['metric'] == dict(value='published', source='parameter') and config['model']['source'] == 'checkpoint'
 
 
+@pytest.mark.process
 def test_a_slip_stops_the_run_notebook(tmp_path):
-    done = papermill(tmp_path, weigths='x')
+    done = papermill('evaluate', tmp_path, weigths='x')
     assert done.returncode == 1 and "did you mean 'weights'" in done.stderr
     assert RunFolder(tmp_path).state == 'failed' and "did you mean 'weights'" in RunFolder(tmp_path).status['reason']
 
@@ -414,6 +408,7 @@ def test_slips_are_recorded_before_anything_is_asked(given, words, weights, tmp_
     assert words in RunFolder(tmp_path).status['reason'] and not (tmp_path/'config.json').exists()
 
 
+@pytest.mark.process
 def test_the_command_compares(trained, examined, tmp_path):
     fdsl = str(Path(sys.executable).parent/'fdsl')
     words = [fdsl, 'compare', str(trained[0]), str(examined[0]), '--published', 'a paper=97', '--figure', str(tmp_path/'both.svg')]

@@ -2,16 +2,19 @@
 
 import math
 import base64, io, json, shlex, subprocess, sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 import ipywidgets, numpy as np, papermill, pytest
 from PIL import Image
+from helpers import pixels
 from fdsl_nb.app.explore import (MEASURES, TYPED, Explorer, as_command, as_python, changed, contact_sheet, control, cut_into_patches, explore, explore_pair,
     knob_draws, knob_values, network_views, png_bytes, presets, save_image, show_knob, slider_range, tiled, window)
 from fdsl_nb.core.folder import RunFolder
 from fdsl_nb.formulas.formula import Formula, formula, formula_class, formulas, knob, knobs
 from fdsl_nb.training.recipes import recipe
-from fdsl_nb.app.runs import NOTEBOOKS, asked_for, check_parameters, configuration
+from fdsl_nb.app.cli import asked_for
+from fdsl_nb.app.parameters import check_parameters, read_parameters
+from fdsl_nb.app.runs import configuration
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = 'rcdb', 'visualatom', 'fractaldb', 'ofdb2d', 'onepfrac', 'exfractaldb', 'mvfractaldb', 'ofdb3d'
@@ -20,11 +23,9 @@ SEARCHED = 'rate', 'search_points', 'variance'      # a new value of these searc
 each_family = pytest.mark.parametrize('name', FAMILIES)
 
 @pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv('FDSL_DATA_ROOT', str(tmp_path/'data'))
+def own_folders(own_data_root, tmp_path, monkeypatch):
     monkeypatch.setenv('FDSL_OUTPUT_ROOT', str(tmp_path/'runs'))
 
-def pixels(png): return np.array(Image.open(io.BytesIO(png)))
 
 def shown(explorer):
     "What the explorer ought to show: its family, its settings, its class and instance, drawn without it."
@@ -295,6 +296,7 @@ def test_sliders_for_a_person_and_a_picture_for_a_program(kernel, person, kind, 
     assert len(found) == 1 and kind in found[0], results
     if not person: assert pixels(base64.b64decode(found[0]['image/png'])).size
 
+@pytest.mark.process
 def test_the_run_notebook_pictures_what_was_asked(tmp_path):
     out = tmp_path/'explore.ipynb'
     papermill.execute_notebook(str(ROOT/'nbs'/'explore.ipynb'), str(out), dict(dataset='onepfrac', beside='rcdb', seed=3, knobs=dict(delta=0.2, size=64)), progress_bar=False, cwd=str(tmp_path))
@@ -306,8 +308,9 @@ def test_the_run_notebook_pictures_what_was_asked(tmp_path):
 
 def test_the_run_notebook_refuses_slips():
     with pytest.raises(TypeError, match="did you mean 'dataset'"): check_parameters('explore', dict(datset='rcdb'))
-    assert [f.name for f in fields(NOTEBOOKS['explore'])] == list(papermill.inspect_notebook(str(ROOT/'nbs'/'explore.ipynb')))
+    assert list(read_parameters('explore')) == list(papermill.inspect_notebook(str(ROOT/'nbs'/'explore.ipynb')))
 
+@pytest.mark.process
 def test_the_benchmark_runs():
     done = subprocess.run([sys.executable, str(ROOT/'benchmarks'/'explore.py'), 'rcdb', '--size', '64', '--moves', '3'], check=False, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and 'rcdb' in done.stdout, done.stderr

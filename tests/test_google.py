@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 import numpy as np, pytest, torch
+from helpers import equal
 from fdsl_nb.models.checkpoints import CheckpointError, load_weights, read_checkpoint, read_weights
 from fdsl_nb.models.google import google_shapes, vit_pytorch_dropout
 from fdsl_nb.models.models import VIT_PYTORCH_NAMES, create_model
@@ -22,7 +23,6 @@ def file(tmp_path):
     np.savez(tmp_path/'small.npz', **arrays())
     return tmp_path/'small.npz'
 
-def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 # The published program

@@ -22,7 +22,8 @@ from fdsl_nb.build.parquet import export_parquet
 from fdsl_nb.data.shards import ArchiveDataset, BuiltDataset, encode
 from fdsl_nb.training.training import architecture_of
 from fdsl_nb.training.validation import examination
-from fdsl_nb.build.verify import repair, source_of, verify
+from fdsl_nb.build.source import source_of
+from fdsl_nb.build.verify import repair, verify
 
 PICTURE = encode(formula('rcdb', classes=1, instances=1, size=16, start_range=4).render(0, 0))
 
@@ -130,7 +131,7 @@ def test_a_manifest_of_another_kind_is_refused(text, tmp_path):
 def test_a_part_is_the_one_that_the_plan_names(layout, tmp_path, victim):
     out = tmp_path/'deep'/'out'
     build(tiny(), out, workers=0, progress=print, layout=layout)
-    rows = list(csv.reader(open(out/'manifest.csv')))
+    with open(out/'manifest.csv', newline='') as f: rows = list(csv.reader(f))
     rows[1][0] = '../../victim'
     with open(out/'manifest.csv', 'w', newline='') as f: csv.writer(f).writerows(rows)
     for use in (verify, repair):
@@ -304,13 +305,13 @@ def test_a_class_that_somebody_types_must_be_a_formula(name):
 # Beginning anew deletes nothing
 
 def run_values(folder, **given):
-    from watched import values
+    from training_helpers import values
     return values(folder, **dict(epochs=1, restart=False) | given)
 
 
 def go(folder, **given):
     from fdsl_nb.training.training import run_training
-    from watched import resolved
+    from training_helpers import resolved
     return run_training(resolved(run_values(folder, **given)))
 
 

@@ -4,17 +4,16 @@ import json, os, shutil, socket, subprocess, sys, time
 from pathlib import Path
 import pytest
 import torch
+from helpers import NBS, free_port
 from fdsl_nb.build.build import build
 from fdsl_nb.models.checkpoints import read_checkpoint
 from fdsl_nb.formulas.contours import VisualAtom
 from fdsl_nb.core.folder import RunFolder
 from fdsl_nb.build.verify import verify
 
-NBS = Path(__file__).parent.parent/'nbs'
 QUIET = {'WANDB_MODE': 'disabled', 'OMP_NUM_THREADS': '1'}
 
-@pytest.fixture(autouse=True)
-def own_data_root(tmp_path, monkeypatch): monkeypatch.setenv('FDSL_DATA_ROOT', str(tmp_path/'data'))
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures('own_data_root')]
 
 def contents(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob('*')) if p.is_file()}
 
@@ -46,11 +45,6 @@ def local(tmp_path_factory):
 
 CLUSTER = Path(__file__).parent.parent/'docs'/'cluster'
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return str(s.getsockname()[1])
-
 def under_mpi(command, timeout=300, **more):
     "Runs a command that calls mpirun: that of the environment, or the machine's."
     beside = str(Path(sys.executable).parent)
@@ -58,7 +52,7 @@ def under_mpi(command, timeout=300, **more):
     if shutil.which('mpirun', path=path) is None: pytest.skip('mpirun is not installed; the extra dev brings it, as the package openmpi')
     as_root = {'OMPI_ALLOW_RUN_AS_ROOT': '1', 'OMPI_ALLOW_RUN_AS_ROOT_CONFIRM': '1'}        # a container's user
     return subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True, timeout=timeout,
-        env={**os.environ, **QUIET, **as_root, 'PATH': path, 'MASTER_PORT': free_port(), **more})
+        env={**os.environ, **QUIET, **as_root, 'PATH': path, 'MASTER_PORT': str(free_port()), **more})
 
 def mpirun(processes, *command, **more): return under_mpi(['mpirun', '--oversubscribe', '--bind-to', 'none', '-np', processes, *command], **more)
 
@@ -165,7 +159,7 @@ def test_the_slurm_script_trains(local, tmp_path):
         (tmp_path/'bin'/name).write_text(text)
         (tmp_path/'bin'/name).chmod(0o755)
     path = os.pathsep.join([str(tmp_path/'bin'), str(Path(sys.executable).parent), os.environ['PATH']])
-    job = {'SLURM_JOB_NODELIST': 'node[1-2]', 'SLURM_JOB_ID': '4711', 'SLURM_CPUS_PER_TASK': '1', 'MASTER_PORT': free_port(), 'PATH': path}
+    job = {'SLURM_JOB_NODELIST': 'node[1-2]', 'SLURM_JOB_ID': '4711', 'SLURM_CPUS_PER_TASK': '1', 'MASTER_PORT': str(free_port()), 'PATH': path}
     done = subprocess.run([CLUSTER/'slurm.sh', 'pretrain', *words(tmp_path/'run', **SMALL)], check=False, capture_output=True, text=True, env={**os.environ, **QUIET, **job}, timeout=300)
     assert done.returncode == 0 and 'srun --kill-on-bad-exit=1' in done.stdout, done.stdout + done.stderr
     assert differing(tmp_path/'run', local/'run') == []

@@ -1,11 +1,12 @@
 """FractalDB, 2D-OFDB and 1p-frac: the published pixels, our own, and what must be refused."""
 
-import hashlib, json, os, subprocess, sys, tracemalloc
+import json, os, subprocess, sys, tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
 import pytest
-from fdsl_nb import categories, ifs_search
+from helpers import sha
+from fdsl_nb.formulas import categories, ifs_search
 from fdsl_nb.formulas.categories import CategoryStream, category_cache, load_categories, save_categories, search_parallel
 from fdsl_nb.formulas.chaos import COLUMNS, play, render_ifs
 from fdsl_nb.formulas.ifs import FractalDB, OFDB2D, OnePFrac, flipped, sample_system, search_categories, weight_table, with_probabilities
@@ -16,15 +17,13 @@ FRACTALDB, ONEPFRAC, CANONICAL = (json.loads((GOLDEN/f'{name}.json').read_text()
 PUBLISHED = [np.array(maps) for _, maps in sorted(FRACTALDB['categories'].items())]
 SMALL = dict(size=64, points=4000)
 
-def sha(image): return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()
 
 @pytest.fixture(autouse=True)
-def own_data_root(tmp_path, monkeypatch):
+def nothing_found(own_data_root, monkeypatch):
     "Each test searches for itself: nothing from disk, nothing from memory, nothing left behind."
-    monkeypatch.setenv('FDSL_DATA_ROOT', str(tmp_path/'data'))
     monkeypatch.setattr(ifs_search, '_found', {})
     ifs_search.published_categories.cache_clear()
-    yield tmp_path/'data'
+    yield
     ifs_search.published_categories.cache_clear()
 
 
@@ -121,6 +120,7 @@ def test_order_and_threads_change_nothing(f):
     ifs_search._found.clear()
     with ThreadPoolExecutor(4) as pool: assert list(pool.map(lambda ck: sha(f.render(*ck)), wanted)) == alone
 
+@pytest.mark.process
 def test_another_process_draws_the_same():
     code = "import hashlib; from fdsl_nb.formulas.formula import formula; print(hashlib.sha256(formula('fractaldb', classes=50, size=64, points=4000).render(49, 999).tobytes()).hexdigest())"
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
@@ -165,14 +165,14 @@ def test_memory_is_flat():
 
 # Searching, and being killed
 
-def test_search_all_goes_to_disk_and_back(own_data_root, monkeypatch):
+def test_all_categories_go_to_disk_and_back(own_data_root, monkeypatch):
     f = FractalDB(classes=60, rate=0.02, search_points=20_000)
-    found = f.search_all(workers=2)
+    found = f.all_categories(workers=2)
     assert len(list(own_data_root.rglob('*.json'))) == 2
     ifs_search._found.clear()
     monkeypatch.setattr(ifs_search, 'first_filling', lambda *a: pytest.fail('searched although it is on disk'))
     for c in (0, 59): np.testing.assert_array_equal(f.category(c), found[c])
-    for ours, theirs in zip(f.search_all(), found, strict=True): np.testing.assert_array_equal(ours, theirs)
+    for ours, theirs in zip(f.all_categories(), found, strict=True): np.testing.assert_array_equal(ours, theirs)
 
 def test_one_image_searches_one_class(monkeypatch):
     calls, real = [], ifs_search.first_filling

@@ -1,11 +1,12 @@
 """The 3-D fractals against the published programs' outputs, and against themselves: any order, any thread, any fault."""
 
-import hashlib, itertools, json, math, tracemalloc
+import itertools, json, math, tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest
-from fdsl_nb import ifs3d
+from helpers import sha
+from fdsl_nb.formulas import ifs3d
 from fdsl_nb.formulas.categories import save_categories
 from fdsl_nb.formulas.formula import formula
 from fdsl_nb.formulas.ifs3d import (COLUMNS, ExFractalDB, MVFractalDB, OFDB3D, points_3d, project_views, render_views, ring_camera,
@@ -16,7 +17,6 @@ GOLDEN = Path(__file__).parent/'golden'
 FAMILIES = dict(mvfractaldb=MVFractalDB, exfractaldb=ExFractalDB, ofdb3d=OFDB3D)
 each_family = pytest.mark.parametrize('name', FAMILIES)
 
-def sha(image): return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()
 
 @pytest.fixture(scope='module')
 def published(): return json.loads((GOLDEN/'exfractaldb.json').read_text())
@@ -163,7 +163,7 @@ def test_families_differ_in_what_they_say():
     assert np.array_equal(ring.cloud(5, 0), sphere.cloud(5, 0)) and ring.instances == 1740 and one.instances == 12
     assert np.array_equal(ring.render(5, 3), one.render(5, 3)) and not np.array_equal(ring.render(5, 3), sphere.render(5, 3))
 
-@pytest.mark.parametrize('knob, value', [('views', 6), ('rows', 121), ('points', 5000), ('half_side', 0.5), ('point_size', 2), ('near', 3.9), ('far', 4.0),
+@pytest.mark.parametrize('knob, value', [('views', 6), ('rows', 121), ('points', 5000), pytest.param('half_side', 0.5, marks=pytest.mark.long), ('point_size', 2), ('near', 3.9), ('far', 4.0),
     ('jitter', 90.0), ('seed', 1), ('variance', 0.08)])
 def test_every_knob_turns_something(knob, value):
     plain = MVFractalDB(classes=2, size=64)

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from fdsl_nb.data.datasets import Augmented, Draw
+from fdsl_nb.data.loading import Augmented, Draw
 from fdsl_nb.data.inception import (CentreView, InceptionView, SquashView, area_resize, beta, bilinear, crop_box, cutmix_masks, cutmix_reversed, mix_reversed,
     mixup_reversed, pixels_of, reversed_mixer)
 

@@ -148,6 +148,7 @@ def share(config):
         return json.loads(json.dumps({name: getattr(e, name).tolist() for name in COUNTS} | {'figures': e.figures()}))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize('images', [41, 1], ids=['41 images', 'one image'])
 def test_two_processes_count_as_one_does(images, monkeypatch):
     monkeypatch.setenv('PYTHONPATH', str(Path(__file__).parent))

@@ -14,7 +14,8 @@ from torch import nn
 
 from fdsl_nb.data.augment import eval_transform
 from fdsl_nb.models.checkpoints import load_weights, read_checkpoint
-from fdsl_nb.data.datasets import eval_loader, open_dataset
+from fdsl_nb.data.loading import eval_loader
+from fdsl_nb.data.datasets import open_dataset
 from fdsl_nb.training.evaluate import evaluate
 from fdsl_nb.core.folder import RunFolder, read_summary
 from fdsl_nb.training.learner import fdsl_learner
@@ -22,7 +23,9 @@ from fdsl_nb.models.models import create_model
 from fdsl_nb.training.optimise import make_schedule
 from fdsl_nb.training.plan import Recipe
 from fdsl_nb.training.training import make_model, open_splits, read_recipe, run_training, train
-from watched import BASE, DRAWN, TINY, Watch, resolved, run_ranks, trained, values, watching
+from training_helpers import BASE, DRAWN, TINY, Watch, resolved, run_ranks, trained, values, watching
+
+pytestmark = pytest.mark.long
 
 DIGITS = dict(dataset='digits', knobs={}, batch=160, epochs=1)      # 797 images, and splits to measure on
 
@@ -305,6 +308,7 @@ def test_a_zero_head(tmp_path):
 
 # Over processes
 
+@pytest.mark.process
 def test_batch_norm_is_the_same_in_every_process(tmp_path):
     given = dict(model='resnet18', model_options=SMALL['resnet18'], ema=0.9, recovery=1, epochs=3)
     run_ranks(values(tmp_path, **given), 2, (Statistics, (tmp_path,)))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from fdsl_nb.data.augment import train_transform
-from fdsl_nb.data.datasets import EpochBatches, FormulaDataset, open_dataset, train_loader
+from fdsl_nb.data.loading import EpochBatches, FormulaDataset, train_loader
+from fdsl_nb.data.datasets import open_dataset
 from fdsl_nb.formulas.formula import formula
 from fdsl_nb.training.learner import EveryStep, fdsl_learner
 from fdsl_nb.models.models import create_model
@@ -19,7 +20,9 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
-from watched import TINY, Watch
+from training_helpers import TINY, Watch
+
+pytestmark = pytest.mark.long
 
 # What the published programs were given, read from them and their papers and written down here again, not taken from the recipes.
 AS_PUBLISHED = dict(
@@ -104,7 +107,7 @@ def images_of(r):
 
 
 def flags_of(r):
-    "A published schedule; the closed forms are chapter 34a's."
+    "A published schedule; the closed forms are those of the chapter on steps, fdsl_nb.training.optimise."
     for names, p in FLAGS:
         if any(r.name.startswith(n) for n in names): return p
     raise KeyError(f'{r.name} has no published flags here')

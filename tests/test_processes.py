@@ -8,9 +8,11 @@ from collections import Counter
 
 import psutil
 import pytest
-from watched import BASE, Seen, Slow, Watch, command, printed, run_ranks, start_ranks, values, wait_ranks
+from training_helpers import BASE, Seen, Slow, Watch, command, printed, run_ranks, start_ranks, values, wait_ranks
 
 from fdsl_nb.core.folder import RunFolder
+
+pytestmark = pytest.mark.process
 
 ON = dict(auto_augment='rand-m9-mstd0.5-inc1', erasing=0.5, hflip=0.5, scale=(0.3, 1.0), ratio=(3/4, 4/3), mixup=0.8, cutmix=1.0, smoothing=0.1, drop_path=0.1, ema=0.9, repeats=3, recovery=2)
 
@@ -83,7 +85,7 @@ LONG = dict(epochs=200, workers=1)
 
 
 def test_a_rank_that_fails_ends_all_and_says_why(tmp_path):
-    ranks = start_ranks(values(tmp_path, dataset='watched:Stumbling'), 2)
+    ranks = start_ranks(values(tmp_path, dataset='training_helpers:Stumbling'), 2)
     codes, now = wait_ranks(ranks), time.time()
     stumbled = next(float(line.split()[-1]) for line in printed(tmp_path).splitlines() if line.startswith('stumbled'))
     assert all(codes) and now - stumbled < 10

@@ -5,23 +5,22 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import psutil
 import pytest
 
-from fdsl_nb import experiments
+from fdsl_nb.app import experiments
 from fdsl_nb.app.experiments import as_markdown, carry_out, experiment_table, identity, planned, results, run_experiment, run_notebook, start_experiment, state_of
 from fdsl_nb.core.folder import RunFolder, read_config
 from fdsl_nb.training.recipes import FINETUNE, PRETRAIN
-from fdsl_nb.app.runs import NOTEBOOKS
+from fdsl_nb.app.parameters import read_parameters
 from fdsl_nb.training.training import read_result
 
 NBS = Path(__file__).parent.parent/'nbs'
-FORM = {f.name: f.default for f in fields(NOTEBOOKS['reproduce'])}
-TWO = FORM | dict(recipe='rcdb1k_deit_tiny,visualatom1k_vit_tiny', finetune_recipe='finetune_cvpr2022')
-TINY = dict(recipe=TWO['recipe'].split(','), finetune_recipe='finetune_cvpr2022', published_for='cifar10', scratch=True,
+FORM = {p.name: p.default for p in read_parameters('reproduce').values()}
+TWO = FORM | dict(recipe=['rcdb1k_deit_tiny', 'visualatom1k_vit_tiny'], finetune_recipe='finetune_cvpr2022')
+TINY = dict(recipe=TWO['recipe'], finetune_recipe='finetune_cvpr2022', published_for='cifar10', scratch=True,
     pretrain=dict(epochs=3, epoch_images=256, classes=4, batch=32), finetune=dict(epochs=1, options=dict(best_by='top1')))
 
 
@@ -60,6 +59,7 @@ def pretend(e, step):
     RunFolder(e.place(step)).file('result.json').write_text(json.dumps(result))
 
 
+@pytest.mark.process
 def test_an_experiment_killed_on_the_way_is_continued_to_the_whole_table(start, tmp_path):
     # epochs enough that one is cut: the kernel ends some seconds after papermill is killed
     place, given = tmp_path/'whole', TINY | dict(pretrain=TINY['pretrain'] | dict(epochs=16, epoch_images=128))
@@ -92,6 +92,7 @@ def test_an_experiment_killed_on_the_way_is_continued_to_the_whole_table(start, 
     assert (place/'report.png').stat().st_size > 5000 and RunFolder(place).state == 'done'
 
 
+@pytest.mark.process
 def test_a_failing_step_ends_it_with_the_cause_and_the_same_command_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv('WANDB_MODE', 'disabled')
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
@@ -105,6 +106,7 @@ def test_a_failing_step_ends_it_with_the_cause_and_the_same_command_goes_on(tmp_
     assert ran == [s.name for s in e.steps]
 
 
+@pytest.mark.process
 def test_a_notebook_that_cannot_start_says_so(tmp_path, monkeypatch):
     (tmp_path/'broken.ipynb').write_text('{')
     monkeypatch.setattr(experiments, 'find_notebook', lambda name: tmp_path/'broken.ipynb')
@@ -139,6 +141,7 @@ def test_only_what_follows_from_a_change_is_done_again(tmp_path):
     assert ran == []
 
 
+@pytest.mark.process
 @pytest.mark.parametrize('restart', (False, True))
 def test_a_step_begun_goes_on_unless_it_is_to_be_replaced(restart, tmp_path):
     e = planned(FORM, RunFolder(tmp_path))
@@ -161,7 +164,7 @@ def test_processes_and_workers_do_not_make_another_experiment(tmp_path):
 def test_every_recipe_has_a_plan(name, budget, tmp_path):
     for more in (dict(), dict(online=False), dict(every_seed=True, seeds=2), dict(finetune_recipe=FINETUNE[-1].name)):
         if name.startswith('coyo') and 'online' in more: continue      # photographs
-        e = planned(FORM | dict(recipe=name, budget=budget) | more, RunFolder(tmp_path))
+        e = planned(FORM | dict(recipe=[name], budget=budget) | more, RunFolder(tmp_path))
         assert len({s.name for s in e.steps}) == len(e.steps) == len({identity(s, e.steps) for s in e.steps})
         for n, step in enumerate(e.steps):
             assert all(other in e.steps[:n] for other in e.steps if step.follows(other))
@@ -172,7 +175,7 @@ def test_recipes_that_differ_in_network_or_fine_tuning_have_scratch_rows_of_thei
     def scratch(**given): return {s.start: s.parameters['recipe'] for s in planned(TWO | given, RunFolder(tmp_path)).steps if s.notebook == 'finetune' and not s.takes}
     assert scratch() == {'scratch': 'finetune_cvpr2022'}
     assert scratch(finetune_recipe=None) == {'scratch': 'finetune_cvpr2022', 'scratch-2': 'finetune_cvpr2023'}
-    assert list(scratch(recipe='rcdb1k_deit_tiny,rcdb1k_deit_small', budget='paper')) == ['scratch', 'scratch-2']
+    assert list(scratch(recipe=['rcdb1k_deit_tiny', 'rcdb1k_deit_small'], budget='paper')) == ['scratch', 'scratch-2']
     assert scratch(scratch=False) == {}
 
 
@@ -190,7 +193,7 @@ def test_every_seed_has_a_pretraining_of_its_own(tmp_path):
     (dict(finetune=dict(options=dict(mixupp=0.5))), "did you mean 'mixup'"),
     (dict(finetune=dict(weights='x')), 'the experiment decides this'),
     (dict(budget='large'), "budget='large' is not known"),
-    (dict(recipe=3), "recipe=3 should be of type str"),
+    (dict(recipe=3), "recipe=3 should be of type list"),
     (dict(recipe='coyo300m_vit_large', online=False), 'which no formula draws'),
     (dict(seeds=0), 'at least one is needed')))
 def test_slips_stop_it_before_anything_runs(slip, words, tmp_path):

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 import torch
-from watched import BASE, PowerCut, command, printed, run_ranks, start_ranks, values, wait_ranks
+from training_helpers import BASE, PowerCut, command, printed, run_ranks, start_ranks, values, wait_ranks
 
 from fdsl_nb.build.build import build
 from fdsl_nb.models.checkpoints import read_checkpoint
@@ -19,6 +19,8 @@ ALL_ON = dict(auto_augment='rand-m9-mstd0.5-inc1', erasing=0.5, hflip=0.5, scale
 IMAGES = VisualAtom(classes=4, instances=16, size=96, start_range=10, lines_max=20)      # 48 of 64 train: 6 steps an epoch, 18 in all
 STEPS = 18
 MOMENTS = ('before_batch', 'after_backward', 'after_batch', 'before_validate')
+
+pytestmark = pytest.mark.process
 
 
 @pytest.fixture(scope='module')

@@ -1,5 +1,4 @@
 """The run notebooks as users start them: papermill and `fdsl` in real processes, with slips, kills and restarts."""
-import ast
 import json
 import os
 import re
@@ -7,42 +6,25 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 
-import nbformat
 import psutil
 import pytest
 import torch
+
+from helpers import NBS, command, environment, papermill, weights
 
 from fdsl_nb.models.checkpoints import read_checkpoint
 from fdsl_nb.core.folder import RunFolder, read_config, read_summary
 from fdsl_nb.formulas.formula import formulas
 from fdsl_nb.training.recipes import FINETUNE, PRETRAIN
-from fdsl_nb.app.runs import NOTEBOOKS, check_parameters
+from fdsl_nb.app.parameters import check_parameters, read_parameters, run_notebooks
+from fdsl_nb.app.runs import configuration, given_values
 
-NBS = Path(__file__).parent.parent/'nbs'
 SMALL = dict(dataset='rcdb', seed=3, classes=4, instances=160, epoch_images=1280, batch=32, epochs=3, warmup_epochs=0, mixup=0.5, drop_path=0.1, erasing=0.25)   # seconds; every kind of chance on
 
 
-def environment(**more):
-    return {**os.environ, 'WANDB_MODE': 'disabled', 'OMP_NUM_THREADS': '1', **more}
-
-
-def command(notebook, folder, **parameters):
-    words = [w for k, v in parameters.items() for w in ('-p', k, str(v))]
-    return [sys.executable, '-m', 'papermill', str(NBS/f'{notebook}.ipynb'), str(folder/f'{notebook}.ipynb'), '--no-progress-bar', *words]
-
-
-def papermill(notebook, folder, **parameters):
-    folder.mkdir(exist_ok=True)
-    return subprocess.run(command(notebook, folder, **parameters), check=False, capture_output=True, text=True, env=environment(), timeout=300)
-
-
-def weights(folder):
-    return read_checkpoint(folder/'last.pth.tar')['state_dict']
-
-
+@pytest.mark.process
 def test_what_is_given_counts_also_where_it_equals_the_default(tmp_path):
     small = dict(classes=2, instances=8, batch=8, epochs=1, warmup_epochs=0)
     done = papermill('pretrain', tmp_path/'run', recipe='visualatom1k_vit_tiny', dataset='rcdb', seed=0, **small)
@@ -67,23 +49,58 @@ def pretrained(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('notebook', NOTEBOOKS)
-def test_parameters_cell_is_the_declaration(notebook):
-    cells = [c for c in nbformat.read(NBS/f'{notebook}.ipynb', 4).cells if 'parameters' in c.metadata.get('tags', [])]
-    lines = cells[0].source.split('\n')
-    written = [(m[1], m[2], ast.literal_eval(m[3]), m[4]) for m in (re.match(r'(\w+): (\w+) = (.+?)  # (.*)', line) for line in lines)]
-    declared = [(f.name, f.type.__name__, f.default, f.metadata['help']) for f in fields(NOTEBOOKS[notebook])]
-    assert written == declared, f'the parameters cell of {notebook}.ipynb and NOTEBOOKS in 41_runs.ipynb differ'
+def test_every_run_notebook_is_known():
+    assert set(run_notebooks()) == {'pretrain', 'finetune', 'evaluate', 'explore', 'build', 'browse', 'reproduce'}
 
 
-@pytest.mark.parametrize('notebook', NOTEBOOKS)
+@pytest.mark.parametrize('notebook', run_notebooks())
+def test_every_default_fits_and_has_its_help(notebook):
+    declared = read_parameters(notebook)
+    assert check_parameters(notebook, {p.name: p.default for p in declared.values()}) == {p.name: p.default for p in declared.values()}
+    assert [p.name for p in declared.values() if not p.help] == []
+
+
+@pytest.mark.parametrize('notebook', ('pretrain', 'finetune', 'evaluate'))
+def test_a_form_that_nobody_filled_in_asks_for_nothing(notebook):
+    form = {p.name: p.default for p in read_parameters(notebook).values()}
+    assert set(given_values(notebook, form)) <= {'scratch', 'seeds'}      # what is done with the configuration, not in it
+    if notebook == 'evaluate': return
+    assert 'parameter' not in {r.source for r in configuration(notebook, given_values(notebook, form), RunFolder('.')).values()}
+
+
+@pytest.mark.process
+def test_what_was_edited_in_a_notebook_and_saved_is_asked_for(tmp_path, monkeypatch):
+    (tmp_path/'nbs').mkdir()
+    text = (NBS/'pretrain.ipynb').read_text('utf-8')
+    for then, now in (('"epochs: int = None', '"epochs: int = 3'), ("dataset: str = 'rcdb'", "dataset: str = 'visualatom'"), ('seed: int = 0', 'seed: int = 5')):
+        assert text.count(then) == 1
+        text = text.replace(then, now)
+    (tmp_path/'nbs'/'pretrain.ipynb').write_text(text, 'utf-8')
+    monkeypatch.chdir(tmp_path)
+    form = {p.name: p.default for p in read_parameters('pretrain').values()}
+    assert given_values('pretrain', form) == dict(dataset='visualatom', seed=5, epochs=3)
+
+
+def test_words_for_yes_and_no_and_lists_with_commas_are_read():
+    form = dict(scratch='false', In=["# Parameters\nscratch = 'false'\n"])
+    assert given_values('finetune', form) == dict(scratch=False) and form['scratch'] is False
+    for given, meant in ((dict(restart='True'), dict(restart=True)), (dict(restart=False), dict(restart=False)), (dict(wandb_mode='true'), dict(wandb_mode='true'))):
+        assert check_parameters('pretrain', given) == meant
+    assert check_parameters('reproduce', dict(recipe='a, b,c')) == check_parameters('reproduce', dict(recipe=['a', 'b', 'c'])) == dict(recipe=['a', 'b', 'c'])
+    for name, slip in (('pretrain', dict(restart='yes')), ('pretrain', dict(restart=1)), ('reproduce', dict(recipe=[1])), ('pretrain', dict(seed=None))):
+        with pytest.raises(TypeError, match='should be of type'): check_parameters(name, slip)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize('notebook', run_notebooks())
 def test_papermill_prints_every_parameter_with_its_help(notebook):
     shown = subprocess.run([sys.executable, '-m', 'papermill', '--help-notebook', str(NBS/f'{notebook}.ipynb')], check=False, capture_output=True, text=True).stdout
     flat = ' '.join(shown.split())
-    for f in fields(NOTEBOOKS[notebook]):
-        assert f'{f.name}: {f.type.__name__}' in flat and ' '.join(f.metadata['help'].split()) in flat, f.name
+    for p in read_parameters(notebook).values():
+        assert f'{p.name}: {p.type.__name__}' in flat and ' '.join(p.help.split()) in flat, p.name
 
 
+@pytest.mark.process
 def test_pretraining_leaves_everything(pretrained):
     files = {p.name for p in pretrained.iterdir()}
     assert files >= {'pretrain.ipynb', 'config.json', 'environment.txt', 'status.json', 'summary.csv', 'log.jsonl', 'last.pth.tar', 'samples.png', 'curves.png', 'result.json'}
@@ -91,6 +108,7 @@ def test_pretraining_leaves_everything(pretrained):
     assert not [f for f in files if f.startswith('.')], 'a half-written file was left'
 
 
+@pytest.mark.process
 def test_parameters_other_than_the_defaults_take_effect(pretrained):
     config = json.loads((pretrained/'config.json').read_text())
     assert config['epochs'] == dict(value=3, source='parameter') and config['seed'] == dict(value=3, source='parameter')
@@ -100,6 +118,7 @@ def test_parameters_other_than_the_defaults_take_effect(pretrained):
     assert vars(read_checkpoint(pretrained/'last.pth.tar')['args'])['dataset'] == 'rcdb'
 
 
+@pytest.mark.process
 def test_finetuning_takes_the_weights_and_reports_exact_counts(pretrained, tmp_path):
     done = papermill('finetune', tmp_path, weights=pretrained/'last.pth.tar', epochs=1, seeds=2)
     assert done.returncode == 0, done.stderr
@@ -122,6 +141,7 @@ SLIPS = [
 ]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize('notebook, slip, words', SLIPS, ids=[f'{n}-{next(iter(s))}-{i}' for i, (n, s, _) in enumerate(SLIPS)])
 def test_slips_stop_the_run_by_name(notebook, slip, words, tmp_path):
     done = papermill(notebook, tmp_path, **slip)
@@ -132,6 +152,7 @@ def test_slips_stop_the_run_by_name(notebook, slip, words, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {f'{notebook}.ipynb', 'status.json'}
 
 
+@pytest.mark.process
 def test_a_folder_without_classes_is_refused(tmp_path):
     (tmp_path/'data'/'train').mkdir(parents=True)
     done = papermill('finetune', tmp_path/'run', dataset=tmp_path/'data')
@@ -139,24 +160,28 @@ def test_a_folder_without_classes_is_refused(tmp_path):
     assert 'has no class folders' in RunFolder(tmp_path/'run').status['reason']
 
 
+@pytest.mark.process
 def test_a_slip_does_not_spoil_a_finished_run(pretrained):
     before = (pretrained/'status.json').read_text()
     assert papermill('pretrain', pretrained, datset='rcdb').returncode == 1
     assert (pretrained/'status.json').read_text() == before
 
 
+@pytest.mark.process
 def test_another_run_in_the_same_folder_is_refused(pretrained):
     done = papermill('pretrain', pretrained, **SMALL | dict(epochs=5))
     assert done.returncode == 1 and 'epochs=3 there, epochs=5 here; choose another folder, or pass restart=True' in done.stderr
     assert RunFolder(pretrained).state == 'done' and read_config(RunFolder(pretrained))['epochs'] == 3
 
 
+@pytest.mark.process
 def test_the_command_checks_before_a_kernel_starts(tmp_path):
     fdsl = [str(Path(sys.executable).parent/'fdsl'), 'run', 'pretrain']
     done = subprocess.run([*fdsl, '-p', 'datset', 'rcdb'], check=False, capture_output=True, text=True, env=environment(FDSL_OUTPUT_ROOT=str(tmp_path)))
     assert done.returncode == 1 and "did you mean 'dataset'" in done.stderr and not list(tmp_path.iterdir())
 
 
+@pytest.mark.process
 def test_the_command_runs_and_chooses_the_folder(tmp_path):
     fdsl = [str(Path(sys.executable).parent/'fdsl'), 'run', 'pretrain']
     words = [w for k, v in (SMALL | dict(epochs=1)).items() for w in ('-p', k, str(v))]
@@ -183,6 +208,7 @@ def kill_after_first_epoch(words, sent):
     return family, alive
 
 
+@pytest.mark.process
 def test_sigterm_ends_every_process_and_the_run_goes_on(tmp_path):
     given = SMALL | dict(processes=2)
     (tmp_path/'killed').mkdir()
@@ -196,6 +222,7 @@ def test_sigterm_ends_every_process_and_the_run_goes_on(tmp_path):
     assert 'continuing after epoch' in (tmp_path/'killed'/'pretrain.ipynb').read_text()
 
 
+@pytest.mark.process
 def test_a_run_stopped_by_ctrl_c_ends_with_the_same_weights(pretrained, tmp_path):
     _, alive = kill_after_first_epoch(command('pretrain', tmp_path, **SMALL), signal.SIGINT)
     assert alive == [] and RunFolder(tmp_path).state == 'interrupted'
@@ -220,6 +247,7 @@ def test_a_number_is_a_fine_real_and_true_is_not_a_number():
         check_parameters('pretrain', dict(epochs=True))
 
 
+@pytest.mark.process
 def test_the_command_lists_recipes():
     def said(*words): return subprocess.run([str(Path(sys.executable).parent/'fdsl'), 'recipes', *words], check=False, capture_output=True, text=True)
     every, one, slip = said(), said('onepfrac1k_vit_tiny'), said('onepfrac1k_vit_tny')

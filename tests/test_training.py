@@ -6,14 +6,18 @@ import pytest
 import torch
 from PIL import Image
 
-from fdsl_nb.data.augment import Augmentation, train_transform
-from fdsl_nb.models.checkpoints import read_checkpoint
-from fdsl_nb.data.datasets import EpochBatches, seeded
+from helpers import weights
+
+from fdsl_nb.data.augmentation import Augmentation
+from fdsl_nb.data.augment import train_transform
+from fdsl_nb.data.loading import EpochBatches, seeded
 from fdsl_nb.core.folder import RunFolder
 from fdsl_nb.formulas.formula import formula, formulas
 from fdsl_nb.app.runs import configuration
 from fdsl_nb.core.settings import Resolved
 from fdsl_nb.training.training import architecture_of, run_training
+
+pytestmark = pytest.mark.long
 
 SMALL = dict(budget='demo', epochs=1, batch=16, warmup_epochs=0, wandb_mode='disabled')
 TINY_MODEL = dict(patch_size=8, embed_dim=48, depth=1, num_heads=2)
@@ -22,10 +26,6 @@ TINY_MODEL = dict(patch_size=8, embed_dim=48, depth=1, num_heads=2)
 def run(folder, stage='pretrain', **given):
     config = configuration(stage, SMALL | given, RunFolder(folder))
     return run_training(config | dict(model_options=Resolved(TINY_MODEL, 'test')))
-
-
-def weights(folder):
-    return read_checkpoint(folder/'last.pth.tar')['state_dict']
 
 
 def differing(one, other):
@@ -39,6 +39,7 @@ def test_every_formula_trains(name, tmp_path):
     assert weights(tmp_path)['head.weight'].shape[0] == 4
 
 
+@pytest.mark.process
 def test_workers_change_nothing(tmp_path):
     given = dict(dataset='rcdb', classes=4, instances=16, mixup=0.4, erasing=0.5, auto_augment='rand-m9-mstd0.5-inc1')
     run(tmp_path/'alone', **given)
@@ -67,6 +68,7 @@ def test_checkpoints_of_other_programs_bring_no_architecture(args, tmp_path):
     assert architecture_of(tmp_path/'other_300ep.pth') == {} == architecture_of('local-dir:exported')
 
 
+@pytest.mark.process
 def test_two_processes_measure_every_image_once(tmp_path):
     result = run(tmp_path, 'finetune', dataset='digits', batch=160, processes=2)
     assert result['images'] == 800 and sum(map(sum, result['confusion'])) == 800

@@ -70,7 +70,6 @@ def _bend(xs, ys, table, noise, strength, gain, drift):
 @dataclass(frozen=True)
 class Contours(Formula):
     "What RCDB and VisualAtom share. A family adds its knobs, `new_category` and `new_instance`."
-    background: ClassVar[int] = 0           # grey of the paper
     gain: ClassVar[float] = 1.0             # how often the noise counts
     start_first: ClassVar[bool] = True      # is the centre added before the corners are bent?
     ranges: ClassVar[tuple] = ()            # pairs of knobs, smallest and largest
@@ -290,6 +289,15 @@ def file(self:RCDB, c:int, k:int, category:ContourCategory) -> str:
 def file(self:VisualAtom, c:int, k:int, category:ContourCategory) -> str:
     "Where `render_VisualAtom.py` saves the image, relative to its output folder."
     return f'{c:05d}/vertex_{category.vertices:04d}_instance_{k:04d}.png'
+
+@lru_cache(4096)
+def _category(formula, c): return formula.category(c)
+
+@patch
+def published_file(self:RCDB, c:int, k:int) -> str: return self.file(self.start_class + c, k, None)
+
+@patch
+def published_file(self:VisualAtom, c:int, k:int) -> str: return self.file(self.start_class + c, k, _category(self, c))
 
 @patch
 def reference(self:Contours,

@@ -60,6 +60,7 @@ class FractalDB(Formula):
     categories: str = knob('canonical', help="'canonical', 'published', or the path of a folder or table of categories")
 
     name: ClassVar[str] = 'fractaldb'
+    category_columns: ClassVar[tuple] = COLUMNS
     rows: ClassVar[int] = 25                # of the weight table
     flips: ClassVar[int] = 4
 
@@ -113,7 +114,7 @@ def draw(self:FractalDB, c:int, k:int) -> np.ndarray:
 
 # %% ../../nbs/formulas/05_ifs.ipynb #6442c6ad
 @patch
-def search_all(self:FractalDB,
+def all_categories(self:FractalDB,
     workers:int=1,        # threads
 ) -> list:                # an array float64 [maps, 7] a class
     "All categories; canonical ones are searched in parallel, published ones in their order, and both are kept on disk."
@@ -130,6 +131,11 @@ def fingerprint(self:FractalDB) -> str:
     return hashlib.sha256(base.encode() + b''.join(m.tobytes() for m in _own(self.categories))).hexdigest()[:12]
 
 # %% ../../nbs/formulas/05_ifs.ipynb #a58109a0
+@patch
+def published_file(self:FractalDB, c:int, k:int) -> str:
+    row, flip, count = self.variant(k)
+    return f'{c:05d}/{c:05d}_{row:02d}_count_{count}_flip{flip}.png'
+
 def _only_thread(name, thread, threads):
     if (thread, threads) != (0, 1): raise ValueError(f'{name}: thread={thread} of threads={threads}; the published program has one stream: 0 of 1')
 
@@ -256,6 +262,7 @@ class OnePFrac(Formula):
     padding: int = knob(6, 1, 4000, 'free pixels at each border')
 
     name: ClassVar[str] = 'onepfrac'
+    category_columns: ClassVar[tuple] = COLUMNS
     spread: ClassVar[float] = 0.1           # of the σ-factor, fixed in the published program
 
     def __post_init__(self):
@@ -303,6 +310,9 @@ def draw(self:OnePFrac, c:int, k:int) -> np.ndarray:
 
 # %% ../../nbs/formulas/05_ifs.ipynb #1402d47b
 @patch
+def published_file(self:OnePFrac, c:int, k:int) -> str: return f'{c:02d}/{c:02d}_{c:02d}_count_{k}_flip0.png'
+
+@patch
 def reference(self:OnePFrac,
     thread:int=0,
     threads:int=1,        # the published program has no numbered threads: 0 of 1
@@ -314,7 +324,7 @@ def reference(self:OnePFrac,
     base = with_probabilities(sample_system(self.maps, self.sigma, np.random.default_rng(self.seed), self.spread)[0])
     for c in range(self.classes):
         _, image = self._first_lit(base, rng, lambda: rng, published_picks(self.points))
-        yield Sample(c, 0, image, f'{c:02d}/{c:02d}_{c:02d}_count_0_flip0.png')
+        yield Sample(c, 0, image, self.published_file(c, 0))
 
 # %% ../../nbs/formulas/05_ifs.ipynb #7251a9db
 OnePFrac.flags = dict(sample='classes', image_size_x='size', image_size_y='size', pad_size_x='padding', pad_size_y='padding', iteration='points',

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Iterator
+from typing import ClassVar, Iterator
 import numpy as np
 from fastcore.basics import patch
 from numba import njit, float32, uint32
@@ -274,6 +274,8 @@ class MVFractalDB(Formula):
     categories: str = knob('canonical', help="'canonical', or a folder of published CSV files, or one table of them")
 
     name = 'mvfractaldb'
+    category_columns = COLUMNS
+    axes: ClassVar[int] = 1                 # of the camera's turns
     program_defaults = dict(variance=0.15)
     flags = dict(numof_classes='classes', classes='classes', seed='seed', point_num='points', variance='variance', normalize='half_side',
         view_point='views', img_size='size', point_size='point_size', zNear='near', zFar='far')
@@ -401,27 +403,22 @@ class OFDB3D(MVFractalDB):
     "3D-OFDB (Nakamura et al., ICCV 2023): one cloud a class, seen from 12, 144 or 1,728 places."
     axes: int = knob(1, 1, 3, 'rotation axes of the camera: views**axes places')
     name = 'ofdb3d'
+    by_chance = True
     @property
     def clouds(self): return 1
     @property
     def views_per_cloud(self): return self.views ** self.axes
     def camera(self, view, rng): return ring_camera(view, self.views, rng, self.axes, self.jitter)
 
-# %% ../../nbs/formulas/06_ifs3d.ipynb #1c0c2d6f
-@patch
-def random_view(self:OFDB3D,
-    c:int,                # class, 0 … classes - 1
-    rng,                  # with `randint(low, high)`, both included: `random.Random` or `CounterRandom`
-) -> np.ndarray:          # uint8 [size, size]
-    "One of the class's pictures at random, as 3D-OFDB shows a class in an epoch; `IndexError` outside."
-    return self.render(c, rng.randint(0, self.instances - 1))
-
 # %% ../../nbs/formulas/06_ifs3d.ipynb #635b947e
 @patch
 def file_name(self:MVFractalDB, c:int, cloud:int, view:int) -> str:
     "The published name of a view of the `cloud`-th file of class `c`."
-    steps = [view // self.views**n % self.views for n in reversed(range(getattr(self, 'axes', 1)))]
+    steps = [view // self.views**n % self.views for n in reversed(range(self.axes))]
     return f'{c:06d}/{c:06d}_{cloud:05d}' + ''.join(f'_{s:03d}' for s in steps) + '.png'
+
+@patch
+def published_file(self:MVFractalDB, c:int, k:int) -> str: return self.file_name(c, *divmod(k, self.views_per_cloud))
 
 @patch
 def _reference_class(self:MVFractalDB, c, maps, points_rng, view_rng):

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 import cramjam, google_crc32c, torch
-from .checkpoints import CheckpointError
+from .serialization import CheckpointError
 
 # %% ../../nbs/models/03_bundle.ipynb #f6bc5e46
 def varint(

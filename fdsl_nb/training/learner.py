@@ -15,7 +15,6 @@ from fastai.callback.core import Callback, CancelBackwardException, CancelEpochE
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from fastcore.basics import patch
 from timm.layers import convert_sync_batchnorm
 from timm.loss import BinaryCrossEntropy, JsdCrossEntropy
 from timm.utils import distribute_bn, unwrap_model
@@ -35,35 +34,38 @@ class ResumableLearner(Learner):
     recipe, scaler, autocast, share, sums_so_far = Recipe(), torch.amp.GradScaler('cpu', enabled=False), nullcontext, 1., None
     listeners = {}
     def __call__(self, event):
-        if event not in self.listeners: self.listeners[event] = self.cbs.sorted('order') if event == 'after_fit' else self.ordered_cbs(event)
+        if event not in self.listeners:
+            everyone = event == 'after_fit'
+            self.listeners[event] = self.cbs.sorted('order') if everyone else self.ordered_cbs(event)
         for callback in self.listeners[event]: callback(event)
+
+    def add_cb(self, cb):
+        self.listeners = {}
+        return super().add_cb(cb)
+
+    def remove_cb(self, cb):
+        self.listeners = {}
+        return super().remove_cb(cb)
+
     def _do_fit(self):
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+
     def _backward(self): self.scaler.scale(self.loss_grad * self.share).backward()
+
     def _step(self):
         self.scaler.unscale_(self.opt.opt)
         limit_gradient(unwrap_model(self.model), self.recipe)
         self.scaler.step(self.opt.opt)
         self.scaler.update()
 
-# %% ../../nbs/training/06_learner.ipynb #c45273a1
-@patch
-def add_cb(self:ResumableLearner, cb):
-    self.listeners = {}
-    return Learner.add_cb(self, cb)
-
-@patch
-def remove_cb(self:ResumableLearner, cb):
-    self.listeners = {}
-    return Learner.remove_cb(self, cb)
-
 # %% ../../nbs/training/06_learner.ipynb #47824249
 class FDSLLearner(ResumableLearner):
     "The same, computing a training batch in `recipe.accumulate` parts; views of an image, [b, views, 3, h, w], go through one after the other."
     def _forward(self):
-        images = self.xb[0].transpose(0, 1).flatten(0, 1) if self.xb[0].ndim == 5 else self.xb[0]
+        images = self.xb[0]
+        if images.ndim == 5: images = images.transpose(0, 1).flatten(0, 1)
         if self.recipe.channels_last: images = images.contiguous(memory_format=torch.channels_last)
         with self.autocast(): self.pred = self.model(images)
         self('after_pred')
@@ -71,21 +73,20 @@ class FDSLLearner(ResumableLearner):
         self.loss = self.loss_grad.clone()
         self('after_loss')
 
-# %% ../../nbs/training/06_learner.ipynb #d488a28e
-@patch
-def _do_one_batch(self:FDSLLearner):
-    if not self.training: return self._forward()
-    (x,), (y,), loss = self.xb, self.yb, 0.
-    parts = list(zip(x.chunk(self.recipe.accumulate), y.chunk(self.recipe.accumulate)))
-    for n, (xb, yb) in enumerate(parts):
-        self.xb, self.yb, self.share = (xb,), (yb,), len(xb) / len(x)       # the last part may be smaller
-        with self.model.no_sync() if n < len(parts) - 1 and world() > 1 else nullcontext():
-            self._forward()
-            self._with_events(self._backward, 'backward', CancelBackwardException)
-        loss = loss + self.loss.detach() * self.share
-    self.xb, self.yb, self.loss = (x,), (y,), loss
-    self._with_events(self._step, 'step', CancelStepException)
-    self.opt.zero_grad()
+    def _do_one_batch(self):
+        if not self.training: return self._forward()
+        (x,), (y,), loss = self.xb, self.yb, 0.
+        parts = list(zip(x.chunk(self.recipe.accumulate), y.chunk(self.recipe.accumulate)))
+        for n, (xb, yb) in enumerate(parts):
+            self.xb, self.yb, self.share = (xb,), (yb,), len(xb) / len(x)   # the last part may be smaller
+            alone = n < len(parts) - 1 and world() > 1
+            with self.model.no_sync() if alone else nullcontext():
+                self._forward()
+                self._with_events(self._backward, 'backward', CancelBackwardException)
+            loss = loss + self.loss.detach() * self.share
+        self.xb, self.yb, self.loss = (x,), (y,), loss
+        self._with_events(self._step, 'step', CancelStepException)
+        self.opt.zero_grad()
 
 # %% ../../nbs/training/06_learner.ipynb #62a6a1ae
 class EveryStep(Callback):

@@ -10,7 +10,6 @@ __all__ = ['DRAWERS', 'MultiLabelLoss', 'label_ranks', 'drawer', 'drawer_auc', '
 from dataclasses import dataclass
 import numpy as np, torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from .distributed import rank, total, world
 
 # %% ../../nbs/training/05_multilabel.ipynb #3c95c3d1
@@ -75,10 +74,44 @@ def ranked(
     return precision, area / (2 * true[-1] * false[-1]) if false[-1] else np.nan
 
 # %% ../../nbs/training/05_multilabel.ipynb #3020989f
-def _mean(values): return float(values[~np.isnan(values)].mean()) if (~np.isnan(values)).any() else float('nan')
+class _Hits:
+    "The figures that `Evaluation` has too, of a class with `ranks` and `loss_sum`."
+    @property
+    def images(self) -> int: return int(self.ranks.sum())
 
+    def hits(self, k:int) -> int: return int(self.ranks[:-1][:k].sum())
+
+    def hit(self, k:int) -> float:
+        "Per cent of images with a true label among the `k` likeliest."
+        return 100 * self.hits(k) / self.images
+
+    @property
+    def correct(self) -> int: return self.hits(1)
+
+    @property
+    def within_five(self) -> int: return self.hits(5)
+
+    @property
+    def top1(self) -> float: return self.hit(1)
+
+    @property
+    def top5(self) -> float: return self.hit(5)
+
+    @property
+    def loss(self) -> float: return self.loss_sum / self.images
+
+# %% ../../nbs/training/05_multilabel.ipynb #f0bb5611
+def _mean(values):
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float('nan')
+
+def _f1(true, false, missed):
+    said = np.atleast_1d(2 * true + false + missed)
+    return float((2 * true / np.maximum(said, 1)).mean())
+
+# %% ../../nbs/training/05_multilabel.ipynb #a520ee75
 @dataclass(frozen=True)
-class MultiLabelEvaluation:
+class MultiLabelEvaluation(_Hits):
     "Counts over a whole split. Twin of `Evaluation`: `images`, `correct`, `within_five`, `top1`, `top5`, `loss`, with hit@k in the place of accuracy."
     ranks: np.ndarray                       # int64 [classes + 1]: images whose best true label has this rank; the last: images without labels
     true_positives: np.ndarray              # int64 [classes], logit above 0 and label
@@ -88,101 +121,99 @@ class MultiLabelEvaluation:
     loss_sum: float                         # binary cross entropy, over classes and images
     precisions: np.ndarray|None = None      # float64 [classes], average precision, nan where not defined; None if not asked for
     exact_areas: np.ndarray|None = None     # float64 [classes], AUC from all scores, likewise
+
     @property
-    def images(self) -> int: return int(self.ranks.sum())
-    def hits(self, k:int) -> int: return int(self.ranks[:-1][:k].sum())
-    def hit(self, k:int) -> float:
-        "Per cent of images with a true label among the `k` likeliest."
-        return 100 * self.hits(k) / self.images
+    def micro_f1(self) -> float:
+        return _f1(self.true_positives.sum(), self.false_positives.sum(), self.false_negatives.sum())
 
-# %% ../../nbs/training/05_multilabel.ipynb #f0bb5611
-@patch(as_prop=True)
-def correct(self:MultiLabelEvaluation) -> int: return self.hits(1)
-@patch(as_prop=True)
-def within_five(self:MultiLabelEvaluation) -> int: return self.hits(5)
-@patch(as_prop=True)
-def top1(self:MultiLabelEvaluation) -> float: return self.hit(1)
-@patch(as_prop=True)
-def top5(self:MultiLabelEvaluation) -> float: return self.hit(5)
-@patch(as_prop=True)
-def loss(self:MultiLabelEvaluation) -> float: return self.loss_sum / self.images
-@patch(as_prop=True)
-def auc(self:MultiLabelEvaluation) -> float: return _mean(self.areas)
-@patch(as_prop=True)
-def published_auc(self:MultiLabelEvaluation) -> float: return float(np.nan_to_num(self.areas).mean())
-@patch(as_prop=True)
-def mean_ap(self:MultiLabelEvaluation) -> float|None: return None if self.precisions is None else _mean(self.precisions)
-@patch(as_prop=True)
-def exact_auc(self:MultiLabelEvaluation) -> float|None: return None if self.exact_areas is None else _mean(self.exact_areas)
+    @property
+    def macro_f1(self) -> float:
+        return _f1(self.true_positives, self.false_positives, self.false_negatives)
 
-# %% ../../nbs/training/05_multilabel.ipynb #a520ee75
-def _f1(true, false, missed):
-    said = np.atleast_1d(2 * true + false + missed)
-    return float((2 * true / np.maximum(said, 1)).mean())
+    @property
+    def auc(self) -> float: return _mean(self.areas)
 
-@patch(as_prop=True)
-def micro_f1(self:MultiLabelEvaluation) -> float:
-    return _f1(self.true_positives.sum(), self.false_positives.sum(), self.false_negatives.sum())
+    @property
+    def published_auc(self) -> float: return float(np.nan_to_num(self.areas).mean())
 
-@patch(as_prop=True)
-def macro_f1(self:MultiLabelEvaluation) -> float: return _f1(self.true_positives, self.false_positives, self.false_negatives)
+    @property
+    def mean_ap(self) -> float|None:
+        return None if self.precisions is None else _mean(self.precisions)
 
-@patch
-def figures(self:MultiLabelEvaluation) -> dict:
-    "All figures as plain numbers, for a report or JSON; those not asked for are left out."
-    names = ('images', 'loss', 'top1', 'top5', 'micro_f1', 'macro_f1', 'auc', 'published_auc', 'mean_ap', 'exact_auc')
-    return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+    @property
+    def exact_auc(self) -> float|None:
+        return None if self.exact_areas is None else _mean(self.exact_areas)
 
-@patch
-def __repr__(self:MultiLabelEvaluation):
-    more = '' if self.mean_ap is None else f', mAP {self.mean_ap:.4f}'
-    return (f'{self.correct} of {self.images} images with a true label on top: hit@1 {self.top1:.2f} %, hit@5 {self.top5:.2f} %, '
-        f'F1 {self.micro_f1:.4f} micro {self.macro_f1:.4f} macro, AUC {self.auc:.4f}{more}, loss {self.loss:.4f}')
+    def figures(self) -> dict:
+        "All figures as plain numbers, for a report or JSON; those not asked for are left out."
+        names = ('images', 'loss', 'top1', 'top5', 'micro_f1', 'macro_f1', 'auc', 'published_auc',
+                 'mean_ap', 'exact_auc')
+        found = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def __repr__(self):
+        more = '' if self.mean_ap is None else f', mAP {self.mean_ap:.4f}'
+        return (f'{self.correct} of {self.images} images with a true label on top: '
+                f'hit@1 {self.top1:.2f} %, hit@5 {self.top5:.2f} %, '
+                f'F1 {self.micro_f1:.4f} micro {self.macro_f1:.4f} macro, '
+                f'AUC {self.auc:.4f}{more}, loss {self.loss:.4f}')
 
 # %% ../../nbs/training/05_multilabel.ipynb #82415672
 class MultiLabelCounter:
     "Adds up predictions batch by batch; `result()` sums over processes. Twin of `Counter`."
     def __init__(self, classes:int, device='cpu', average_precision:bool=False):
+        def zeros(*shape, dtype=torch.int64): return torch.zeros(shape, dtype=dtype, device=device)
         self.classes, self.device = classes, device
-        zeros = lambda *shape, dtype=torch.int64: torch.zeros(shape, dtype=dtype, device=device)
-        self.ranks, self.answers, self.drawers = zeros(classes + 1), zeros(3, classes), zeros(classes * 2 * DRAWERS)
-        self.unusable, self.loss_sum, self.kept = zeros(1), zeros(1, dtype=torch.float64), [] if average_precision else None
+        self.ranks, self.answers = zeros(classes + 1), zeros(3, classes)
+        self.drawers = zeros(classes * 2 * DRAWERS)
+        self.unusable, self.loss_sum = zeros(1), zeros(1, dtype=torch.float64)
+        self.kept = [] if average_precision else None
+
     def add(self,
         logits:torch.Tensor,  # float [b, classes]
         targets:torch.Tensor, # float [b, classes], a label wherever above 0
     ):
         logits, positive = logits.detach().float(), targets > 0
-        self.loss_sum += F.binary_cross_entropy_with_logits(logits, targets.float(), reduction='none').double().sum()
+        losses = F.binary_cross_entropy_with_logits(logits, targets.float(), reduction='none')
+        self.loss_sum += losses.double().sum()
         self.unusable += (~logits.isfinite()).any(1).sum()
         logits, said = logits.nan_to_num(), logits > 0
         self.ranks += torch.bincount(label_ranks(logits, positive), minlength=self.classes + 1)
-        self.answers += torch.stack([(said & positive).sum(0), (said & ~positive).sum(0), (~said & positive).sum(0)])
+        answers = (said & positive), (said & ~positive), (~said & positive)
+        self.answers += torch.stack([each.sum(0) for each in answers])
         place = torch.arange(self.classes, device=logits.device) + self.classes * positive
-        self.drawers += torch.bincount((place * DRAWERS + drawer(logits)).flatten(), minlength=len(self.drawers))
+        drawers = (place * DRAWERS + drawer(logits)).flatten()
+        self.drawers += torch.bincount(drawers, minlength=len(self.drawers))
         if self.kept is not None: self.kept.append((logits.cpu(), positive.cpu()))
 
-# %% ../../nbs/training/05_multilabel.ipynb #73c65b92
-@patch
-def _exact(self:MultiLabelCounter, images, slice_=256):
-    own = [torch.cat(part) if part else torch.zeros(0, self.classes) for part in (zip(*self.kept) if self.kept else ([], []))]
-    shares = total(torch.eye(world(), device=self.device)[rank()] * len(own[0])).long()
-    start, found = int(shares[:rank()].sum()), torch.zeros(2, self.classes, device=self.device, dtype=torch.float64)
-    for first in range(0, self.classes, slice_):
-        columns = range(first, min(first + slice_, self.classes))
-        table = torch.zeros(2, images, len(columns), dtype=torch.float64, device=self.device)
-        for part, rows in zip(table, own): part[start:start + len(rows)] = rows[:, first:columns[-1] + 1].to(self.device)
-        scores, positive = total(table).numpy()
-        for c in columns[rank()::world()]: found[:, c] = torch.tensor(ranked(scores[:, c - first], positive[:, c - first] > 0))
-    return total(found).numpy()
+    def result(self) -> MultiLabelEvaluation:
+        "Sums over processes; `FloatingPointError` where logits were not finite."
+        counted = self.ranks, self.answers, self.drawers
+        ranks, answers, drawers = (total(t).to(torch.int64).numpy() for t in counted)
+        loss, unusable = float(total(self.loss_sum)), int(total(self.unusable))
+        if unusable:
+            raise FloatingPointError(f'the model answers {unusable} of {ranks.sum()} images with what is no number; '
+                                     'take a checkpoint from before it diverged, or precision=float32')
+        exact = (None, None) if self.kept is None else self._exact(int(ranks.sum()))
+        areas = drawer_auc(drawers.reshape(2, self.classes, DRAWERS))
+        return MultiLabelEvaluation(ranks, *answers, areas, loss, *exact)
 
-@patch
-def result(self:MultiLabelCounter) -> MultiLabelEvaluation:
-    "Sums over processes; `FloatingPointError` where logits were not finite."
-    ranks, answers, drawers = (total(t).to(torch.int64).numpy() for t in (self.ranks, self.answers, self.drawers))
-    loss, unusable = float(total(self.loss_sum)), int(total(self.unusable))
-    if unusable: raise FloatingPointError(f'the model answers {unusable} of {ranks.sum()} images with what is no number; take a checkpoint from before it diverged, or precision=float32')
-    exact = (None, None) if self.kept is None else self._exact(int(ranks.sum()))
-    return MultiLabelEvaluation(ranks, *answers, drawer_auc(drawers.reshape(2, self.classes, DRAWERS)), loss, *exact)
+    def _exact(self, images, slice_=256):
+        "Average precision and AUC [2, classes] from all processes' scores, a slice of classes at a time."
+        scores, labels = zip(*self.kept) if self.kept else ((), ())
+        own = [torch.cat(part) if part else torch.zeros(0, self.classes) for part in (scores, labels)]
+        shares = total(torch.eye(world(), device=self.device)[rank()] * len(own[0])).long()
+        start = int(shares[:rank()].sum())
+        found = torch.zeros(2, self.classes, device=self.device, dtype=torch.float64)
+        for first in range(0, self.classes, slice_):
+            columns = range(first, min(first + slice_, self.classes))
+            table = torch.zeros(2, images, len(columns), dtype=torch.float64, device=self.device)
+            for part, rows in zip(table, own):
+                part[start:start + len(rows)] = rows[:, first:columns[-1] + 1].to(self.device)
+            scores, positive = total(table).numpy()
+            for c in columns[rank()::world()]:
+                found[:, c] = torch.tensor(ranked(scores[:, c - first], positive[:, c - first] > 0))
+        return total(found).numpy()
 
 # %% ../../nbs/training/05_multilabel.ipynb #7e41df8a
 @torch.no_grad()

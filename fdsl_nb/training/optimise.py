@@ -10,7 +10,6 @@ __all__ = ['CLOSED_FORMS', 'make_optimizer', 'ClosedForm', 'Plateau', 'make_sche
 import math
 from collections.abc import Callable
 import torch
-from fastcore.basics import patch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -51,35 +50,42 @@ class ClosedForm:
     def load_state_dict(self, state): pass
 
 # %% ../../nbs/training/04_optimise.ipynb #a979c490
+_WAITED = ('mode', 'best', 'num_bad_epochs')
+
 class Plateau(Scheduler):
     "Falls by a factor when the metric has not improved for a while, with warm-up and noise, epoch by epoch, as timm's."
     def __init__(self, optimizer, r:Recipe, seed:int):
         noisy = [n * (r.epochs - r.cooldown_epochs) for n in r.noise] or None
-        super().__init__(optimizer, 'lr', noise_range_t=noisy, noise_pct=r.noise_pct, noise_std=r.noise_std, noise_seed=seed)
+        super().__init__(optimizer, 'lr', noise_range_t=noisy, noise_pct=r.noise_pct,
+                         noise_std=r.noise_std, noise_seed=seed)
         self.r, self.rates = r, self.base_values
-        self.falls = ReduceLROnPlateau(optimizer, mode='max', factor=r.decay_rate, patience=r.patience, min_lr=r.min_lr)
+        self.falls = ReduceLROnPlateau(optimizer, mode='max', factor=r.decay_rate,
+                                       patience=r.patience, min_lr=r.min_lr)
+
     def _get_lr(self, t:int): return self.rates
-    def step(self, epoch:int, metric:float=None):
+
+    def _warm_up(self, epoch):
         warmup, start = self.r.warmup_epochs, self.r.warmup_lr
-        if epoch <= warmup: return self.update_groups([start + epoch * ((v - start) / warmup) for v in self.base_values] if warmup else self.base_values)
+        if not warmup: return self.base_values
+        return [start + epoch * ((v - start) / warmup) for v in self.base_values]
+
+    def step(self, epoch:int, metric:float=None):
+        if epoch <= self.r.warmup_epochs: return self.update_groups(self._warm_up(epoch))
         self.update_groups(self.rates)                  # as they were before the noise
-        if metric is not None and metric < 0 and self.falls.mode == 'max': self.falls.mode, self.falls.best = 'min', math.inf
+        if metric is not None and metric < 0 and self.falls.mode == 'max':
+            self.falls.mode, self.falls.best = 'min', math.inf
         if metric is not None: self.falls.step(abs(metric))
         self.rates = [g['lr'] for g in self.optimizer.param_groups]
         self.update_groups(self._add_noise(self.rates, epoch))
 
-# %% ../../nbs/training/04_optimise.ipynb #b335331b
-_WAITED = ('mode', 'best', 'num_bad_epochs')
+    def state_dict(self) -> dict:
+        waited = {k: getattr(self.falls, k) for k in _WAITED}
+        return waited | dict(rates=self.rates, lr=[g['lr'] for g in self.optimizer.param_groups])
 
-@patch
-def state_dict(self:Plateau) -> dict:
-    return {k: getattr(self.falls, k) for k in _WAITED} | dict(rates=self.rates, lr=[g['lr'] for g in self.optimizer.param_groups])
-
-@patch
-def load_state_dict(self:Plateau, state:dict):
-    for k in _WAITED: setattr(self.falls, k, state[k])
-    self.rates = state['rates']
-    self.update_groups(state['lr'])
+    def load_state_dict(self, state:dict):
+        for k in _WAITED: setattr(self.falls, k, state[k])
+        self.rates = state['rates']
+        self.update_groups(state['lr'])
 
 # %% ../../nbs/training/04_optimise.ipynb #f4cac623
 def make_schedule(

@@ -8,7 +8,7 @@ __all__ = ['CHOICES', 'Data', 'Start', 'Optimisation', 'Schedule', 'Recipe', 'ch
 # %% ../../nbs/training/00_plan.ipynb #d3aeacd0
 from dataclasses import dataclass, field, fields, replace
 from ..core.settings import did_you_mean
-from ..data.augment import Augmentation, Mixing
+from ..data.augmentation import Augmentation, Mixing
 
 # %% ../../nbs/training/00_plan.ipynb #2ec1eaa7
 @dataclass(frozen=True)

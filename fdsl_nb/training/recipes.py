@@ -8,9 +8,7 @@ __all__ = ['CVPR2022', 'CVPR2023', 'OFDB', 'COYO', 'PRETRAIN', 'FDSL_FINETUNE', 
 
 # %% ../../nbs/training/01_recipes.ipynb #eeb7295a
 from dataclasses import fields, replace
-import pandas as pd
 from ..core.settings import Resolved, did_you_mean
-from ..formulas.formula import formulas
 from .plan import Recipe, checked
 
 # %% ../../nbs/training/01_recipes.ipynb #feb4cc6b
@@ -121,8 +119,9 @@ FINETUNE = [*FDSL_FINETUNE, *VITPYTORCH, *COYO_FINETUNE]
 # %% ../../nbs/training/01_recipes.ipynb #801d12e0
 def recipes(
     stage:str='',         # pretrain or finetune; both if empty
-) -> pd.DataFrame:        # a row a recipe, by name
+) -> 'pd.DataFrame':      # a row a recipe, by name
     "The published recipes: paper, data set, model, size of the run, published results."
+    import pandas as pd
     stages, columns = dict(pretrain=PRETRAIN, finetune=FINETUNE), ('name', 'paper', 'dataset', 'model', 'optimizer', 'lr', 'batch', 'cost', 'expected')
     rows = [{'stage': s} | {k: getattr(r, k) for k in columns} for s in stages if stage in ('', s) for r in stages[s]]
     return pd.DataFrame(rows).set_index('name')
@@ -174,6 +173,7 @@ def shrink(
     stage:str,            # pretrain or finetune
 ) -> Recipe:
     "The demo version of a recipe: minutes on two CPU cores."
+    from fdsl_nb.formulas.formula import formulas
     drawn = r.dataset in formulas() or ':' in r.dataset
     knobs = {**r.knobs, 'classes': 100, **DEMO_KNOBS.get(r.dataset, {})} if drawn else {}
     return replace(r, **DEMO[stage], knobs=knobs)

@@ -11,7 +11,6 @@ import os, re, shutil
 from pathlib import Path
 import torch
 from fastai.callback.core import Callback, CancelFitException
-from fastcore.basics import patch
 from timm.utils import unwrap_model
 from torchvision.utils import save_image
 from ..models.checkpoints import read_checkpoint, save_checkpoint
@@ -77,9 +76,12 @@ class Records(Callback):
     order = 60
     def __init__(self, folder:RunFolder, settings:dict, history:int=0, hold:int=0):
         self.folder, self.settings, self.history, self.hold = folder, settings, history, hold
+
     def after_epoch(self):
-        learn, found = self.learn, self.learn.evaluation
-        row = dict(epoch=learn.epoch, train_loss=learn.train_loss) | {f'eval_{k}': v for k, v in (found.figures() if found else {}).items() if k != 'images'}
+        learn = self.learn
+        found = learn.evaluation.figures() if learn.evaluation else {}
+        row = dict(epoch=learn.epoch, train_loss=learn.train_loss)
+        row |= {f'eval_{k}': v for k, v in found.items() if k != 'images'}
         learn.row = row = row | dict(lr=learn.opt.opt.param_groups[0]['lr'])
         better = self.compare(metric_of(row, learn.recipe.best_by), metric_of(row, 'top1'))
         if rank(): return
@@ -88,25 +90,25 @@ class Records(Callback):
         if self.history: trim(self.folder, self.history, learn.recipe.best_by)
         log_event(self.folder, 'epoch', images_per_second=round(learn.images_per_second, 1), **row)
         numbers = ', '.join(f'{k} {v:.4g}' for k, v in row.items() if k != 'epoch')
-        print(f'epoch {learn.epoch + 1}/{learn.n_epoch}: {numbers}, {learn.images_per_second:.0f} images/s', flush=True)
+        speed = f'{learn.images_per_second:.0f} images/s'
+        print(f'epoch {learn.epoch + 1}/{learn.n_epoch}: {numbers}, {speed}', flush=True)
 
-# %% ../../nbs/training/07_saving.ipynb #0956655d
-@patch
-def compare(self:Records, metric:float|None, progress:float) -> bool:
-    "Keeps the metric, which a plateau schedule wants too; says whether it is the best so far."
-    self.learn.metric = progress if metric is None else metric
-    better = metric is not None and (self.learn.best is None or metric > self.learn.best)
-    if better: self.learn.best = metric
-    return better
+    def compare(self, metric:float|None, progress:float) -> bool:
+        "Keeps the metric, which a plateau schedule wants too; says whether it is the best so far."
+        self.learn.metric = progress if metric is None else metric
+        better = metric is not None and (self.learn.best is None or metric > self.learn.best)
+        if better: self.learn.best = metric
+        return better
 
-@patch
-def keep(self:Records, better:bool):
-    "Writes `last.pth.tar`, and gives it the other names that it has earned."
-    last, epoch = self.folder.output('last.pth.tar'), self.learn.epoch
-    write_state(self.learn, last, self.settings)
-    names = ['model_best'] * better + [f'checkpoint-{epoch}'] * bool(self.history) + [f'held-checkpoint-{epoch}'] * bool(self.hold and (epoch + 1) % self.hold == 0)
-    for name in names: same_file(last, self.folder.output(f'{name}.pth.tar'))
-    for old in own_checkpoints(self.folder, 'recovery').values(): old.unlink()
+    def keep(self, better:bool):
+        "Writes `last.pth.tar`, and gives it the other names that it has earned."
+        last, epoch = self.folder.output('last.pth.tar'), self.learn.epoch
+        write_state(self.learn, last, self.settings)
+        names = ['model_best'] if better else []
+        if self.history: names.append(f'checkpoint-{epoch}')
+        if self.hold and (epoch + 1) % self.hold == 0: names.append(f'held-checkpoint-{epoch}')
+        for name in names: same_file(last, self.folder.output(f'{name}.pth.tar'))
+        for old in own_checkpoints(self.folder, 'recovery').values(): old.unlink()
 
 # %% ../../nbs/training/07_saving.ipynb #50203886
 class Recovery(Callback):

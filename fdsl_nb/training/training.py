@@ -16,7 +16,8 @@ from fastai.callback.core import Callback
 from timm.utils import unwrap_model
 from ..data.augment import eval_transform, train_transform
 from ..models.checkpoints import export_model, load_weights, read_checkpoint
-from ..data.datasets import EpochBatches, eval_loader, hold_out, open_dataset, train_loader
+from ..data.loading import EpochBatches, as_images, eval_loader, hold_out
+from ..data.datasets import is_here, named_dataset, open_dataset
 from .distributed import found_ranks, join, launch, rank, world
 from .evaluate import evaluate
 from ..core.folder import RunFolder, add_epoch, log_event, note_files, refuse_foreign, refuse_other_run, refuse_to_replace, set_aside, set_status, set_stopped, whole_file, write_config
@@ -28,7 +29,6 @@ from .plan import Recipe, checked, in_epochs
 from .recipes import resolve
 from .saving import Pause, Records, Recovery, SaveInputs, latest, restore
 from ..core.settings import Resolved
-from ..data.shards import is_here, named_dataset
 
 # %% ../../nbs/training/08_training.ipynb #be6f9a80
 RUN = dict(seed=0, folder='', weights='', restart=False, workers=0, processes=1, stage='pretrain',
@@ -98,12 +98,11 @@ def architecture_of(weights:str) -> dict:
 # %% ../../nbs/training/08_training.ipynb #ccf4e7e2
 def make_loaders(config:dict, splits:dict):
     "(training loader, validation loader or empty) of this process."
-    r, images = read_recipe(config), splits['train']
+    r, images = read_recipe(config), as_images(splits['train'])
     batches = EpochBatches(len(images), r.batch, config['seed'], rank(), world(), r.repeats, r.epoch_images or None)
     choose = 'test' if r.best_by == 'top1_test' else 'val'
     valid = eval_loader(splits[choose], eval_transform(r), 256, rank(), world(), config['workers']) if choose in splits else ()
-    load = getattr(images, 'train_loader', partial(train_loader, images))     # shards in a stream bring their own
-    return load(train_transform(r), batches, config['workers']), valid
+    return images.train_loader(train_transform(r), batches, config['workers']), valid
 
 # %% ../../nbs/training/08_training.ipynb #779879d2
 class WandbLog(Callback):
@@ -120,7 +119,7 @@ class WandbLog(Callback):
     def after_fit(self): self.run.finish()
 
 # %% ../../nbs/training/08_training.ipynb #39bb0843
-def many_labels(splits:dict) -> bool: return getattr(splits['train'], 'multilabel', False)
+def many_labels(splits:dict) -> bool: return as_images(splits['train']).multilabel
 
 def judges(splits:dict, r:Recipe) -> dict:
     "The loss and the counter that the data set asks for; none where the recipe's are right. `ValueError` where they are not."

@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np, timm, torch
 from timm.data import ImageNetInfo, resolve_model_data_config
 from timm.models import get_pretrained_cfg
-from ..data.augment import Augmentation, eval_transform
+from ..data.augmentation import Augmentation
+from ..data.augment import eval_transform
 from ..models.checkpoints import CheckpointError, load_weights
-from ..data.datasets import eval_loader, open_dataset
+from ..data.loading import as_images, eval_loader
+from ..data.datasets import open_dataset
 from .distributed import found_ranks, join, launch, rank, total, world
 from .evaluate import Answers, ask, per_class, published_top1, real_top1
 from ..core.folder import RunFolder, read_config, refuse_foreign, refuse_other_run, set_aside, set_status, set_stopped, whole_file, write_config
@@ -104,9 +106,8 @@ def open_examined(config:dict) -> tuple: # (name of the split, data set)
 
 def picture_names(data) -> list:
     "The file name of each image; `ValueError` for a data set that has none."
-    if callable(getattr(data, 'name', None)): return [data.name(i) for i in range(len(data))]
-    if hasattr(data, 'files'): return [path for path, _ in data.files.samples]
-    raise ValueError('labels=real needs images with file names; give a folder or an archive of the validation images')
+    images = as_images(data)
+    return [images.name(i) for i in range(len(images))]
 
 # %% ../../nbs/training/09_validation.ipynb #2fda60b7
 def load_examined(config:dict, classes:int) -> tuple: # (model, `LoadReport`)
@@ -131,7 +132,7 @@ def validate(
         model, report = load_examined(config, len(data.classes) if config['labels'] == 'dataset' else 1000)
         loader, dtype = eval_loader(data, eval_transform(read_recipe(config)), config['batch'], rank(), world(), config['workers']), getattr(torch, config['precision'])
         context = nullcontext if dtype == torch.float32 else lambda: torch.autocast(device.type, dtype)
-        examine = _many_labels if getattr(data, 'multilabel', False) else _one_label
+        examine = _many_labels if as_images(data).multilabel else _one_label
         found = examine(config, data, model.to(device), loader, device, context)
         total(torch.zeros(1, device=device))       # nobody leaves before the files are there
         return dict(split=split, images=len(data), classes=data.classes, weights=str(report)) | found | dict(seconds=round(time.time() - started, 1))

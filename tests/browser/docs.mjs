@@ -24,7 +24,7 @@ try {
       await turnSliders()
       found.formulas = await page.locator('mjx-container svg').count()
     }
-    if (['index.html', 'tutorial.html', 'formulas.html', 'chapters/11_contours.html', 'api/formula.html', 'recipes.html'].includes(name))
+    if (['index.html', 'tutorial.html', 'formulas.html', 'api/formulas/formula.html', 'recipes.html'].includes(name) || /formulas\/\d\d_contours/.test(name))
       await page.screenshot({ path: `${folder}/docs-${name.replace(/.*\/|\.html$/g, '')}.png` })
     found.faults.push(...faults.map(fault => `${name}: ${fault}`))
     found.pages += 1

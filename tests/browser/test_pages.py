@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from acted import epoch, made
+from fake_runs import add_fake_epoch, fake_run
 
 from fdsl_nb.formulas.formula import formulas
 
@@ -108,14 +108,14 @@ def test_the_explorer_in_jupyterlab_draws_every_family(drive, tmp_path):
 
 def test_the_run_browser_in_jupyterlab_follows_a_run(drive, tmp_path):
     runs = tmp_path/'runs'
-    made(runs, 'rcdb/first', lr=0.2)
-    made(runs, 'rcdb/second', 'failed', 1)
-    atoms, told = made(runs, 'atoms', 'running', 2, dataset='visualatom'), threading.Event()
+    fake_run(runs, 'rcdb/first', lr=0.2)
+    fake_run(runs, 'rcdb/second', 'failed', 1)
+    atoms, told = fake_run(runs, 'atoms', 'running', 2, dataset='visualatom'), threading.Event()
     def train():
         for e in range(2, 100):
             if told.wait(1):
                 return
-            epoch(atoms, e)
+            add_fake_epoch(atoms, e)
     training = threading.Thread(target=train)
     with lab('browse.ipynb', tmp_path, FDSL_OUTPUT_ROOT=str(runs)) as address:
         training.start()
