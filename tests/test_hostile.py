@@ -130,7 +130,7 @@ def test_a_manifest_of_another_kind_is_refused(text, tmp_path):
 def test_a_part_is_the_one_that_the_plan_names(layout, tmp_path, victim):
     out = tmp_path/'deep'/'out'
     build(tiny(), out, workers=0, progress=print, layout=layout)
-    rows = list(csv.reader(open(out/'manifest.csv')))
+    rows = list(csv.reader((out/'manifest.csv').read_text().splitlines()))
     rows[1][0] = '../../victim'
     with open(out/'manifest.csv', 'w', newline='') as f: csv.writer(f).writerows(rows)
     for use in (verify, repair):
