@@ -191,9 +191,12 @@ def test_a_stopped_build_continues(tmp_path, arrangement, monkeypatch):
     with pytest.raises(ValueError, match='not finished'): open_dataset(str(tmp_path/'out'))
     # what a kill leaves: a line cut short, a part nobody vouches for, drafts
     with open(tmp_path/'out'/'.done.jsonl', 'a') as f: f.write('[3, "SHA')
-    (tmp_path/'out'/'.SHARDS-000003.tar.x1').write_bytes(b'half')
+    (tmp_path/'out'/f'.{Path(make_plan(SMALL, **arrangement).part(1)).name}.x1x1x1x1').write_bytes(b'half')
     last = tmp_path/'out'/building.Plan.part(make_plan(SMALL, **arrangement), 2)
-    last.write_bytes(b'not ours') if arrangement['layout'] == 'shards' else (last.mkdir(parents=True, exist_ok=True), (last/'odd.png').touch())
+    if arrangement['layout'] != 'shards':
+        last.mkdir(parents=True, exist_ok=True)
+        last /= Path(make_plan(SMALL, **arrangement).file(2 * SMALL.instances)).name
+    last.write_bytes(b'cut short')
     drawn = []
     build(SMALL, tmp_path/'out', workers=0, progress=lambda done, total, now, *_: drawn.append(now), **arrangement)
     assert contents(tmp_path/'out') == contents(tmp_path/'whole') and 0 < drawn[-1] < 120
@@ -593,7 +596,7 @@ def test_a_stopped_export_continues(tmp_path):
     def stop(done, *_):
         if done: raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): export_parquet(SMALL, tmp_path/'out', file_images=50, workers=0, progress=stop)
-    (tmp_path/'out'/'data'/'.train-00001.x1').write_bytes(b'half')
+    (tmp_path/'out'/'data'/'.train-00001-of-00003.parquet.x1x1x1x1').write_bytes(b'half')
     drawn = []
     export_parquet(SMALL, tmp_path/'out', file_images=50, workers=0, progress=lambda done, total, now, *_: drawn.append(now))
     assert drawn[-1] == 70 and contents(tmp_path/'out') == contents(tmp_path/'whole')

@@ -104,7 +104,7 @@ def test_classes_without_images_come_last():
 @pytest.mark.process
 def test_the_folder_holds_answers_and_classes(examined):
     folder, result = examined
-    assert {p.name for p in folder.iterdir()} == {'answers.npz', 'classes.csv', 'config.json', 'environment.txt', 'result.json', 'status.json'}
+    assert {p.name for p in folder.iterdir()} == {'answers.npz', 'classes.csv', 'config.json', 'environment.txt', 'files.txt', 'result.json', 'status.json'}
     table = pd.read_csv(folder/'classes.csv')
     assert table.correct.sum() == result['correct'] and table.images.sum() == 800 and table.accuracy.is_monotonic_increasing
     shown = show_result(result).value

@@ -12,7 +12,7 @@ import pytest
 
 from fdsl_nb.app import experiments
 from fdsl_nb.app.experiments import as_markdown, carry_out, experiment_table, identity, planned, results, run_experiment, run_notebook, start_experiment, state_of
-from fdsl_nb.core.folder import RunFolder, read_config
+from fdsl_nb.core.folder import RunFolder, read_config, set_status
 from fdsl_nb.training.recipes import FINETUNE, PRETRAIN
 from fdsl_nb.app.parameters import read_parameters
 from fdsl_nb.training.training import read_result
@@ -145,7 +145,11 @@ def test_only_what_follows_from_a_change_is_done_again(tmp_path):
 @pytest.mark.parametrize('restart', (False, True))
 def test_a_step_begun_goes_on_unless_it_is_to_be_replaced(restart, tmp_path):
     e = planned(FORM, RunFolder(tmp_path))
-    def breaks(e, s): e.place(s).joinpath('last.pth.tar').touch(); raise RuntimeError('no disk')
+    def breaks(e, s):
+        begun = RunFolder(e.place(s))
+        set_status(begun, 'running')
+        begun.output('last.pth.tar').touch()
+        raise RuntimeError('no disk')
     with pytest.raises(RuntimeError, match='no disk'): run_experiment(e, breaks)
     found = []
     def run(e, s): found.append((e.place(s)/'last.pth.tar').exists()); pretend(e, s)
@@ -198,7 +202,7 @@ def test_every_seed_has_a_pretraining_of_its_own(tmp_path):
     (dict(seeds=0), 'at least one is needed')))
 def test_slips_stop_it_before_anything_runs(slip, words, tmp_path):
     with pytest.raises((ValueError, TypeError), match=words.replace('(', r'\(')): start_experiment(TWO | slip | dict(run=str(tmp_path/'slip')))
-    assert [p.name for p in (tmp_path/'slip').iterdir()] == ['status.json'] and RunFolder(tmp_path/'slip').state == 'failed'
+    assert sorted(p.name for p in (tmp_path/'slip').iterdir()) == ['files.txt', 'status.json'] and RunFolder(tmp_path/'slip').state == 'failed'
 
 
 def test_it_is_started_once_not_once_a_rank(tmp_path, monkeypatch):

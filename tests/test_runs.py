@@ -149,7 +149,7 @@ def test_slips_stop_the_run_by_name(notebook, slip, words, tmp_path):
     assert words in done.stderr
     status = RunFolder(tmp_path).status
     assert status['state'] == 'failed' and words in status['reason']
-    assert {p.name for p in tmp_path.iterdir()} == {f'{notebook}.ipynb', 'status.json'}
+    assert {p.name for p in tmp_path.iterdir()} == {f'{notebook}.ipynb', 'files.txt', 'status.json'}
 
 
 @pytest.mark.process
