@@ -11,7 +11,11 @@ from pathlib import Path
 from fdsl_nb.build.build import build, local_executor
 from fdsl_nb.formulas.formula import formula
 
-LAYOUTS = {'folder, PNG': {'layout': 'plain'}, 'shards, PNG': {'layout': 'shards', 'shard_images': 250}, 'shards, zstd': {'layout': 'shards', 'format': 'zstd', 'shard_images': 250}}
+LAYOUTS = {
+    'folder, PNG': {'layout': 'plain'},
+    'shards, PNG': {'layout': 'shards', 'shard_images': 250},
+    'shards, zstd': {'layout': 'shards', 'format': 'zstd', 'shard_images': 250},
+}
 
 PEAK = """
 import resource, sys
@@ -21,26 +25,45 @@ build(formula('visualatom', classes=int(sys.argv[1]), instances=100, size=64), s
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
-def quiet(*_): pass
+
+def quiet(*_):
+    pass
+
 
 def drawing(f):
     "Images/s of drawing every image of a formula once, nothing kept."
     start = time.perf_counter()
-    for c, k in itertools.product(range(f.classes), range(f.instances)): f.render(c, k)
+    for c, k in itertools.product(range(f.classes), range(f.instances)):
+        f.render(c, k)
     return len(f) / (time.perf_counter() - start)
+
 
 def writing(f, executor=None, **arrangement):
     "Images/s of a build between its first and last report of progress, and bytes an image."
     times = []
     with tempfile.TemporaryDirectory() as root:
-        built = build(f, Path(root)/'out', workers=0, executor=executor, progress=lambda done, total, drawn, seconds, *_: times.append(seconds), **arrangement)
+        built = build(
+            f,
+            Path(root) / 'out',
+            workers=0,
+            executor=executor,
+            progress=lambda done, total, drawn, seconds, *_: times.append(seconds),
+            **arrangement,
+        )
     return len(f) / times[-1], built['bytes'] / len(f)
+
 
 def peak(classes, layout):
     "MiB of a process that builds `classes` × 100 images."
     with tempfile.TemporaryDirectory() as root:
-        done = subprocess.run([sys.executable, '-c', PEAK, str(classes), f'{root}/out', layout], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, '-c', PEAK, str(classes), f'{root}/out', layout],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     return float(done.stdout.split()[-1])
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
@@ -50,21 +73,36 @@ def main():
     parser.add_argument('--workers', type=int, default=2)
     args = parser.parse_args()
     f = formula(args.name, classes=10, instances=args.images // 10, size=args.size)
-    for c in range(f.classes): f.render(c, 0)       # compiles the kernels and finds the categories
-    print(f'{f.name}, {args.size}², {len(f)} images\n{"":14}{"images/s":>12}{"to drawing":>14}{"kB an image":>14}')
+    for c in range(f.classes):
+        f.render(c, 0)  # compiles the kernels and finds the categories
+    print(
+        f'{f.name}, {args.size}², {len(f)} images\n{"":14}{"images/s":>12}{"to drawing":>14}{"kB an image":>14}'
+    )
     # drawn before and after, so that a machine that slows down in between is seen
     first = drawing(f)
     rows = {name: writing(f, **arrangement) for name, arrangement in LAYOUTS.items()}
     alone = (first + drawing(f)) / 2
     print(f'{"drawing alone":14}{alone:12.0f}')
-    for name, (rate, size) in rows.items(): print(f'{name:14}{rate:12.0f}{alone / rate:13.2f}×{size / 1000:14.1f}')
+    for name, (rate, size) in rows.items():
+        print(f'{name:14}{rate:12.0f}{alone / rate:13.2f}×{size / 1000:14.1f}')
     with local_executor(args.workers) as pool, local_executor(1) as single:
-        for executor, workers in ((pool, args.workers), (single, 1)): list(executor.map(formula(args.name, classes=10, size=args.size).render, range(workers * 4), [0] * workers * 4))
+        for executor, workers in ((pool, args.workers), (single, 1)):
+            list(
+                executor.map(
+                    formula(args.name, classes=10, size=args.size).render,
+                    range(workers * 4),
+                    [0] * workers * 4,
+                )
+            )
         for name, arrangement in LAYOUTS.items():
             one, several = writing(f, single, **arrangement)[0], writing(f, pool, **arrangement)[0]
-            print(f'{name}: {args.workers} workers {several:.0f} images/s, one {one:.0f}, {several / one:.2f}×')
+            print(
+                f'{name}: {args.workers} workers {several:.0f} images/s, one {one:.0f}, {several / one:.2f}×'
+            )
     for layout in ('plain', 'shards'):
         small, large = peak(10, layout), peak(200, layout)
         print(f'{layout}: {small:.0f} MiB for 1,000 images, {large:.0f} MiB for 20,000')
 
-if __name__ == '__main__': main()
+
+if __name__ == '__main__':
+    main()

@@ -11,8 +11,17 @@ from matplotlib.figure import Figure
 from fdsl_nb.app.explore import Explorer
 from fdsl_nb.formulas.formula import formula, formulas
 
-LIMIT = 60                      # ms, what a hand takes for "at once"
-KNOBS = dict(rcdb='drift', visualatom='drift', fractaldb='weight', ofdb2d='points', onepfrac='delta', exfractaldb='far', mvfractaldb='far', ofdb3d='far')
+LIMIT = 60  # ms, what a hand takes for "at once"
+KNOBS = dict(
+    rcdb='drift',
+    visualatom='drift',
+    fractaldb='weight',
+    ofdb2d='points',
+    onepfrac='delta',
+    exfractaldb='far',
+    mvfractaldb='far',
+    ofdb3d='far',
+)
 
 
 def moved(control, values, picture, whole=False):
@@ -29,10 +38,12 @@ def moved(control, values, picture, whole=False):
     picture.unobserve_all('value')
     return took
 
+
 def spread(slider, moves):
     "As many values between a slider's ends, none of them where it stands."
     values = [slider.min + (slider.max - slider.min) * (i + 0.5) / moves for i in range(moves)]
     return [round(v) for v in values] if isinstance(slider.value, int) else values
+
 
 def with_matplotlib(f, places):
     "Milliseconds a picture by matplotlib's `imshow` and `savefig`."
@@ -47,15 +58,20 @@ def with_matplotlib(f, places):
         took.append(1000 * (time.perf_counter() - start))
     return took
 
+
 def measure(name, size, moves):
     "A row: the columns' milliseconds."
     explorer = Explorer(name, pages=False, size=size)
     slider = explorer.controls[KNOBS[name]]
     values = spread(slider, moves)
-    moved(slider, values[:1], explorer.picture)                 # compiles
+    moved(slider, values[:1], explorer.picture)  # compiles
     knob = moved(slider, values, explorer.picture)
     explorer.take(name, size=size)
-    instance = moved(explorer.instance, [1 + i for i in range(min(moves, explorer.instance.max))], explorer.picture)
+    instance = moved(
+        explorer.instance,
+        [1 + i for i in range(min(moves, explorer.instance.max))],
+        explorer.picture,
+    )
     # classes of its own: families share searches, and what one has found the next would not search
     first = 100 * (1 + list(KNOBS).index(name))
     fresh = moved(explorer.cls, range(first, first + moves), explorer.picture)
@@ -65,21 +81,33 @@ def measure(name, size, moves):
     slow = with_matplotlib(formula(name, size=size), [(200 + i, 0) for i in range(moves)])
     return knob, instance, known, fresh, sheet, slow
 
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('names', nargs='*', help='families; all when none is given')
     parser.add_argument('--size', type=int, default=512, help='side of the image, pixels')
     parser.add_argument('--moves', type=int, default=40, help='of each slider, at most 100')
     args = parser.parse_args()
-    if not 2 <= args.moves <= 100: parser.error(f'--moves {args.moves} is not in 2 … 100')
+    if not 2 <= args.moves <= 100:
+        parser.error(f'--moves {args.moves} is not in 2 … 100')
     for name in args.names:
-        if name not in KNOBS: parser.error(f'{name!r} is not known; known: {", ".join(formulas())}')
+        if name not in KNOBS:
+            parser.error(f'{name!r} is not known; known: {", ".join(formulas())}')
     heads = 'knob', 'instance', 'class, seen', 'class, new', 'knob + sheet', 'matplotlib'
     print(f'{"ms, median / slowest":22}' + ''.join(f'{head:>16}' for head in heads))
     for name in args.names or KNOBS:
         row = measure(name, args.size, args.moves)
-        cells = [f'{statistics.median(took):.1f} / {max(took):.1f}' if took else '–' for took in row]
+        cells = [
+            f'{statistics.median(took):.1f} / {max(took):.1f}' if took else '–' for took in row
+        ]
         slow = sum(t > LIMIT for took in row[:4] for t in took)
-        print(f'{name:22}' + ''.join(f'{cell:>16}' for cell in cells) + f'   {slow} of {sum(map(len, row[:4]))} above {LIMIT} ms', flush=True)
+        print(
+            f'{name:22}'
+            + ''.join(f'{cell:>16}' for cell in cells)
+            + f'   {slow} of {sum(map(len, row[:4]))} above {LIMIT} ms',
+            flush=True,
+        )
 
-if __name__ == '__main__': main()
+
+if __name__ == '__main__':
+    main()

@@ -20,20 +20,49 @@ from fdsl_nb.training.plan import Recipe
 
 CASES = {
     'deit_tiny, 224 pixels': dict(image_size=224, batch=8),
-    'demo model, 32 pixels': dict(image_size=32, batch=64, model_options=dict(patch_size=8, embed_dim=128, depth=4, num_heads=4)),
-    'one layer, 32 pixels': dict(image_size=32, batch=2, model_options=dict(patch_size=8, embed_dim=32, depth=1, num_heads=2))}
+    'demo model, 32 pixels': dict(
+        image_size=32,
+        batch=64,
+        model_options=dict(patch_size=8, embed_dim=128, depth=4, num_heads=4),
+    ),
+    'one layer, 32 pixels': dict(
+        image_size=32, batch=2, model_options=dict(patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    ),
+}
+
 
 class InMemory:
     "Batches that are there, as the learner asks for them."
-    def __init__(self, batches, steps): self.batches, self.batch_sampler = batches, SimpleNamespace(steps=steps, epoch=0, first=0)
-    def __len__(self): return self.batch_sampler.steps
-    def __iter__(self): return ((images.clone(), labels) for images, labels in itertools.islice(itertools.cycle(self.batches), len(self)))     # mixing is in place
+
+    def __init__(self, batches, steps):
+        self.batches, self.batch_sampler = batches, SimpleNamespace(steps=steps, epoch=0, first=0)
+
+    def __len__(self):
+        return self.batch_sampler.steps
+
+    def __iter__(self):
+        return (
+            (images.clone(), labels)
+            for images, labels in itertools.islice(itertools.cycle(self.batches), len(self))
+        )  # mixing is in place
+
 
 def bare(model, r, batches, steps):
     "Steps/s of timm's parts in a plain loop."
     optimizer = create_optimizer_v2(model, opt=r.optimizer, lr=r.lr, weight_decay=r.weight_decay)
-    schedule, _ = create_scheduler_v2(optimizer, sched='cosine', num_epochs=1, warmup_epochs=0, min_lr=r.min_lr, step_on_epochs=False, updates_per_epoch=steps)
-    mix, criterion = Mixup(r.mixup, r.cutmix, label_smoothing=r.smoothing, num_classes=10), SoftTargetCrossEntropy()
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched='cosine',
+        num_epochs=1,
+        warmup_epochs=0,
+        min_lr=r.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=steps,
+    )
+    mix, criterion = (
+        Mixup(r.mixup, r.cutmix, label_smoothing=r.smoothing, num_classes=10),
+        SoftTargetCrossEntropy(),
+    )
     model.train()
     start = time.perf_counter()
     for step, (images, labels) in enumerate(InMemory(batches, steps)):
@@ -45,12 +74,14 @@ def bare(model, r, batches, steps):
         schedule.step_update(step + 1)
     return steps / (time.perf_counter() - start)
 
+
 def ours(model, r, batches, steps):
     "Steps/s of the learner."
     learn = fdsl_learner(model, r, InMemory(batches, steps), classes=10)
     start = time.perf_counter()
     learn.fit(1)
     return steps / (time.perf_counter() - start)
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
@@ -60,18 +91,41 @@ def main():
     parser.add_argument('--case', choices=CASES, help='only this one')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f'{"":24}{"bare loop":>12}{"learner":>12}{"ratio":>9}   of {args.rounds} rounds (steps/s; ratios from … to)', flush=True)
+    print(
+        f'{"":24}{"bare loop":>12}{"learner":>12}{"ratio":>9}   of {args.rounds} rounds (steps/s; ratios from … to)',
+        flush=True,
+    )
     for name in [args.case] if args.case else CASES:
         r = Recipe(epochs=1, warmup_epochs=0, **CASES[name])
-        batches = [(torch.randn(r.batch, 3, r.image_size, r.image_size), torch.randint(10, (r.batch,))) for _ in range(4)]
-        fresh = partial(create_model, r.model, 10, r.image_size, seed=0, drop_path_rate=r.drop_path, **r.model_options)
-        for program in (ours, bare): program(fresh(), r, batches, 2)        # whatever is done once
+        batches = [
+            (torch.randn(r.batch, 3, r.image_size, r.image_size), torch.randint(10, (r.batch,)))
+            for _ in range(4)
+        ]
+        fresh = partial(
+            create_model,
+            r.model,
+            10,
+            r.image_size,
+            seed=0,
+            drop_path_rate=r.drop_path,
+            **r.model_options,
+        )
+        for program in (ours, bare):
+            program(fresh(), r, batches, 2)  # whatever is done once
         steps = max(4, int(args.seconds * bare(fresh(), r, batches, 4)))
         rates = []
         for n in range(args.rounds):
-            pair = {program: program(fresh(), r, batches, steps) for program in ((bare, ours), (ours, bare))[n % 2]}
+            pair = {
+                program: program(fresh(), r, batches, steps)
+                for program in ((bare, ours), (ours, bare))[n % 2]
+            }
             rates.append((pair[bare], pair[ours]))
         ratio = statistics.median(o / b for b, o in rates)
-        print(f'{name:24}{statistics.median(b for b, _ in rates):12.2f}{statistics.median(o for _, o in rates):12.2f}{ratio:9.3f}   {min(o / b for b, o in rates):.3f} … {max(o / b for b, o in rates):.3f}', flush=True)
+        print(
+            f'{name:24}{statistics.median(b for b, _ in rates):12.2f}{statistics.median(o for _, o in rates):12.2f}{ratio:9.3f}   {min(o / b for b, o in rates):.3f} … {max(o / b for b, o in rates):.3f}',
+            flush=True,
+        )
 
-if __name__ == '__main__': main()
+
+if __name__ == '__main__':
+    main()

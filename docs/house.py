@@ -3,6 +3,7 @@
 Comments of parameters go to the reference, Markdown in docstrings is read, and names in code lead
 to the reference.
 """
+
 import dataclasses
 import inspect
 import json
@@ -17,15 +18,22 @@ import fdsl_nb
 
 # Docstrings
 
+
 def as_rst(text):
     "A line of a docstring or a comment, Markdown as we write it, as reStructuredText."
     parts = text.split('`')
-    escaped = lambda p: re.sub(r'([\\*_|`])', r'\\\1', p)
-    if len(parts) % 2 == 0:         # a backtick without its partner
+
+    def escaped(p):
+        return re.sub(r'([\\*_|`])', r'\\\1', p)
+
+    if len(parts) % 2 == 0:  # a backtick without its partner
         return escaped(text)
     parts[::2] = map(escaped, parts[::2])
     # a role needs a space or a sign around it; an escaped space is none on the page
-    parts[1::2] = [rf'\ :py:obj:`{p}`\ ' if re.fullmatch(r'[A-Za-z_][\w.]*(\(\))?', p) else rf'\ ``{p}``\ ' for p in parts[1::2]]
+    parts[1::2] = [
+        rf'\ :py:obj:`{p}`\ ' if re.fullmatch(r'[A-Za-z_][\w.]*(\(\))?', p) else rf'\ ``{p}``\ '
+        for p in parts[1::2]
+    ]
     return ''.join(parts)
 
 
@@ -41,14 +49,21 @@ def range_of(knob):
     "What a knob may be, in words; '' where nothing says."
     if knob.get('choices'):
         return ', '.join(f'`{c!r}`' for c in knob['choices'])
-    return f'{number(knob["low"])} … {number(knob["high"])}' if knob.get('low') is not None and knob.get('high') is not None else ''
+    return (
+        f'{number(knob["low"])} … {number(knob["high"])}'
+        if knob.get('low') is not None and knob.get('high') is not None
+        else ''
+    )
 
 
 def comments_of(thing):
     "Parameter → what its comment or its knob says; `return` for what comes back."
     found = {k: ' '.join(v.split()) for k, v in docments(thing, returns=True).items() if v}
     if dataclasses.is_dataclass(thing):
-        said = {f.name: '; '.join(w for w in (f.metadata.get('help', ''), range_of(f.metadata)) if w) for f in dataclasses.fields(thing)}
+        said = {
+            f.name: '; '.join(w for w in (f.metadata.get('help', ''), range_of(f.metadata)) if w)
+            for f in dataclasses.fields(thing)
+        }
         found |= {k: v for k, v in said.items() if v}
     return {k: v for k, v in found.items() if k not in ('self', 'cls')}
 
@@ -56,16 +71,26 @@ def comments_of(thing):
 def write_parameters(app, what, name, thing, options, lines):
     "autodoc's docstring, from Markdown, and below it a field for each commented parameter."
     if what == 'data':
-        lines[:] = []               # a constant has no docstring but its type's
+        lines[:] = []  # a constant has no docstring but its type's
     lines[:] = map(as_rst, lines)
     if inspect.isclass(thing) or inspect.isroutine(thing):
         try:
             comments = comments_of(thing)
-        except (TypeError, OSError, AttributeError):        # no source: a class that C or another class made
+        except (
+            TypeError,
+            OSError,
+            AttributeError,
+        ):  # no source: a class that C or another class made
             return
         returned = comments.pop('return', None)
         fields = [f':param {k}: {as_rst(v)}' for k, v in comments.items()]
-        lines += ['', *fields, *[f':returns: {as_rst(returned or "")}'] * bool(returned and not inspect.isclass(thing)), '']
+        lines += [
+            '',
+            *fields,
+            *[f':returns: {as_rst(returned or "")}']
+            * bool(returned and not inspect.isclass(thing)),
+            '',
+        ]
 
 
 # Names in code
@@ -73,7 +98,8 @@ def write_parameters(app, what, name, thing, options, lines):
 NAME = re.compile(
     r'(<span class="o">\.</span>)?'
     r'<span class="(n|nf|nc|nn)">([\w.]+)</span>'
-    r'(<span class="o">=</span>)?')
+    r'(<span class="o">=</span>)?'
+)
 
 
 BEGINS = r'<div class="highlight-python[^>]*><div class="highlight"><pre>'
@@ -108,14 +134,18 @@ def link_names(app, page, template, context, doctree):
     "Names of ours in a page's code lead to the reference; attributes and keywords are not ours."
     if doctree is None or page.startswith('api/'):
         return
-    here = imported(doctree) | json.loads((Path(app.srcdir)/'names.json').read_text('utf-8')).get(page, {})
+    here = imported(doctree) | json.loads((Path(app.srcdir) / 'names.json').read_text('utf-8')).get(
+        page, {}
+    )
     known = app.env.domains.python_domain.objects
+
     def link(m):
         full = m[3] if m[2] == 'nn' else here.get(m[3])
         if m[1] or m[4] or full not in known:
             return m[0]
         target = f'{app.builder.get_relative_uri(page, known[full].docname)}#{known[full].node_id}'
         return f'<a class="to-reference" href="{target}" title="{full}">{m[0]}</a>'
+
     context['body'] = CODE.sub(lambda m: NAME.sub(link, m[0]), context['body'])
 
 

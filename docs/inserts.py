@@ -2,6 +2,7 @@
 
 Tables of knobs, recipes and parameters, contents of the book, and sliders that need no kernel.
 """
+
 import base64
 import importlib
 import json
@@ -23,13 +24,19 @@ from fdsl_nb.core.settings import DEFAULTS
 from house import range_of
 
 HERE = Path(__file__).resolve().parent
-NBS = HERE.parent/'nbs'
+NBS = HERE.parent / 'nbs'
 
 
 def table(head, rows):
     "A Markdown table; every value as it reads in Python, in code, unless it is text to read."
     lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
-    return '\n'.join(lines + ['| ' + ' | '.join(str(v).replace('|', '\\|').replace('\n', ' ') for v in row) + ' |' for row in rows])
+    return '\n'.join(
+        lines
+        + [
+            '| ' + ' | '.join(str(v).replace('|', '\\|').replace('\n', ' ') for v in row) + ' |'
+            for row in rows
+        ]
+    )
 
 
 def code(value):
@@ -40,9 +47,13 @@ def code(value):
 
 # Formulas
 
+
 def knobs(name):
     "A family's knobs: default, range, help."
-    rows = [(f'`{r["name"]}`', code(r['default']), range_of(r), r['help']) for r in knobs_of(formula_class(name))]
+    rows = [
+        (f'`{r["name"]}`', code(r['default']), range_of(r), r['help'])
+        for r in knobs_of(formula_class(name))
+    ]
     return table(('knob', 'default', 'range', 'what it is'), rows)
 
 
@@ -62,9 +73,13 @@ def turned(name):
     if name == 'rcdb':
         return contour(name, 'vertices', [3, 4, 5, 7, 10, 15, 25, 50, 100, 200])
     if name == 'visualatom':
-        return contour(name, 'wave_1', [0, 1, 2, 4, 5, 7, 9, 12, 16, 20], wave_2_min=3, wave_2_max=3)
+        return contour(
+            name, 'wave_1', [0, 1, 2, 4, 5, 7, 9, 12, 16, 20], wave_2_min=3, wave_2_max=3
+        )
     if name == 'fractaldb':
-        return member(name, 'points', [200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000])
+        return member(
+            name, 'points', [200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000]
+        )
     if name == 'onepfrac':
         return member(name, 'delta', [0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5])
     return 'view', list(range(12)), [formula(name).render(2, view) for view in range(12)]
@@ -74,20 +89,33 @@ def slider(name):
     "A slider over stored pictures, linked in the browser."
     knob, values, images = turned(name)
     side = 240
-    small = [np.array(Image.fromarray(i).convert('L').resize((side, side), Image.LANCZOS)) for i in images]
-    pictures = widgets.Stack([widgets.Image(value=png_bytes(i), width=side, height=side) for i in small], selected_index=len(values) // 2)
-    picker = widgets.SelectionSlider(options=[(f'{v:,}', n) for n, v in enumerate(values)], index=len(values) // 2, description=knob)
+    small = [
+        np.array(Image.fromarray(i).convert('L').resize((side, side), Image.LANCZOS))
+        for i in images
+    ]
+    pictures = widgets.Stack(
+        [widgets.Image(value=png_bytes(i), width=side, height=side) for i in small],
+        selected_index=len(values) // 2,
+    )
+    picker = widgets.SelectionSlider(
+        options=[(f'{v:,}', n) for n, v in enumerate(values)],
+        index=len(values) // 2,
+        description=knob,
+    )
     link = widgets.jslink((picker, 'index'), (pictures, 'selected_index'))
     shown = widgets.VBox([picker, pictures])
     data = embed_data([shown], state=dependency_state([shown, link]))
-    return '\n'.join([
-        '```{raw} html',
-        '<script defer src="_static/html-manager/embed.js"></script>',
-        f'<div class="turned" id="turn-{name}">',
-        embedded('state', data['manager_state']),
-        *(embedded('view', v) for v in data['view_specs']),
-        '</div>',
-        '```'])
+    return '\n'.join(
+        [
+            '```{raw} html',
+            '<script defer src="_static/html-manager/embed.js"></script>',
+            f'<div class="turned" id="turn-{name}">',
+            embedded('state', data['manager_state']),
+            *(embedded('view', v) for v in data['view_specs']),
+            '</div>',
+            '```',
+        ]
+    )
 
 
 def embedded(kind, value):
@@ -98,7 +126,16 @@ def embedded(kind, value):
 
 # Recipes
 
-DATA = dict(cifar10='CIFAR-10', cifar100='CIFAR-100', cars='Cars', flowers='Flowers', voc12='VOC 12', places30='Places-30', imagenet100='ImageNet-100', imagenet1k='ImageNet-1k')
+DATA = dict(
+    cifar10='CIFAR-10',
+    cifar100='CIFAR-100',
+    cars='Cars',
+    flowers='Flowers',
+    voc12='VOC 12',
+    places30='Places-30',
+    imagenet100='ImageNet-100',
+    imagenet1k='ImageNet-1k',
+)
 
 
 def published(r):
@@ -109,8 +146,16 @@ def published(r):
 def recipes(stage):
     "The published recipes of a stage in a table, then each with its command and its values."
     known = dict(pretrain=PRETRAIN, finetune=FINETUNE)[stage]
-    rows = [(f'[`{r.name}`](#{anchor(r)})', f'`{r.dataset}`', f'`{r.model}`', published(r)) for r in known]
-    return '\n\n'.join([table(('recipe', 'data set', 'model', 'published top-1, %'), rows), *(one_recipe(r, stage) for r in known)])
+    rows = [
+        (f'[`{r.name}`](#{anchor(r)})', f'`{r.dataset}`', f'`{r.model}`', published(r))
+        for r in known
+    ]
+    return '\n\n'.join(
+        [
+            table(('recipe', 'data set', 'model', 'published top-1, %'), rows),
+            *(one_recipe(r, stage) for r in known),
+        ]
+    )
 
 
 def anchor(r):
@@ -118,10 +163,23 @@ def anchor(r):
 
 
 def one_recipe(r, stage):
-    plain = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(Recipe)}
-    values = {f.name: getattr(r, f.name) for f in fields(r) if f.name not in ('name', 'paper', 'cost', 'published')}
-    own = [(f'`{k}`', code(v)) for k, v in values.items() if v != plain[k] or k in ('dataset', 'model', 'epochs', 'batch', 'lr')]
-    told = '. '.join(w for w in (r.paper, r.cost, published(r) and f'Published: {published(r)} %') if w)
+    plain = {
+        f.name: f.default if f.default is not MISSING else f.default_factory()
+        for f in fields(Recipe)
+    }
+    values = {
+        f.name: getattr(r, f.name)
+        for f in fields(r)
+        if f.name not in ('name', 'paper', 'cost', 'published')
+    }
+    own = [
+        (f'`{k}`', code(v))
+        for k, v in values.items()
+        if v != plain[k] or k in ('dataset', 'model', 'epochs', 'batch', 'lr')
+    ]
+    told = '. '.join(
+        w for w in (r.paper, r.cost, published(r) and f'Published: {published(r)} %') if w
+    )
     command = f'fdsl run {stage} -p recipe {r.name} -p dataset {r.dataset} -p budget paper'
     title = f'({anchor(r)})=\n### `{r.name}`'
     return '\n\n'.join([title, f'{told}.', f'```\n{command}\n```', table(('value', ''), own)])
@@ -129,9 +187,13 @@ def one_recipe(r, stage):
 
 # Runs and machines
 
+
 def parameters(notebook):
     "What a run notebook may be asked."
-    rows = [(f'`{p.name}`', p.type.__name__, code(p.default), p.help) for p in read_parameters(notebook).values()]
+    rows = [
+        (f'`{p.name}`', p.type.__name__, code(p.default), p.help)
+        for p in read_parameters(notebook).values()
+    ]
     return table(('parameter', 'type', 'default', 'what it is'), rows)
 
 
@@ -139,7 +201,7 @@ def notebooks():
     "All run notebooks with their parameters."
     parts = []
     for name in run_notebooks():
-        if (NBS/f'{name}.ipynb').exists():
+        if (NBS / f'{name}.ipynb').exists():
             link = f'[The notebook](chapters/{name}.ipynb).'
             parts += [f'## `{name}`', link, parameters(name)]
     return '\n\n'.join(parts)
@@ -147,8 +209,18 @@ def notebooks():
 
 def settings():
     "Machine settings: where each is written."
-    return table(('`settings.ini`', 'environment', 'default', 'choices'),
-                 [(f'`[{d.section}] {d.key}`', f'`{d.variable}`', code(d.value), ' '.join(map(code, d.choices))) for d in DEFAULTS])
+    return table(
+        ('`settings.ini`', 'environment', 'default', 'choices'),
+        [
+            (
+                f'`[{d.section}] {d.key}`',
+                f'`{d.variable}`',
+                code(d.value),
+                ' '.join(map(code, d.choices)),
+            )
+            for d in DEFAULTS
+        ],
+    )
 
 
 # The book
@@ -161,7 +233,8 @@ PACKAGES = {
     'data': 'From a name or a folder to batches: data sets, augmentation, shards, streams.',
     'build': 'Data sets on disk: written in parallel, continued after a kill, verified and repaired.',
     'training': 'From a configuration to weights, and what the weights are worth.',
-    'app': 'What people touch: the explorer, run notebooks, reports, the command `fdsl`.'}
+    'app': 'What people touch: the explorer, run notebooks, reports, the command `fdsl`.',
+}
 
 
 @cache
@@ -220,21 +293,38 @@ def modules():
 
 CONTENTS = {
     'Start here': ('tutorial', 'explorer', 'formulas'),
-    'How to': ('own-formula', 'own-data', 'build-data', 'many-gpus', 'cluster', 'resume', 'evaluate', 'google', 'coyo', 'reproduced', 'publish'),
+    'How to': (
+        'own-formula',
+        'own-data',
+        'build-data',
+        'many-gpus',
+        'cluster',
+        'resume',
+        'evaluate',
+        'google',
+        'coyo',
+        'reproduced',
+        'publish',
+    ),
     'Look up': ('recipes', 'parameters', 'book', 'reference'),
-    'Contribute': ('contributing', 'house', 'changelog')}
+    'Contribute': ('contributing', 'house', 'changelog'),
+}
 
 
 def contents():
     "The tables of contents of the start page, shown beside every page."
-    return '\n\n'.join(f'```{{toctree}}\n:caption: {title}\n:hidden:\n\n' + '\n'.join(pages) + '\n```' for title, pages in CONTENTS.items())
+    return '\n\n'.join(
+        f'```{{toctree}}\n:caption: {title}\n:hidden:\n\n' + '\n'.join(pages) + '\n```'
+        for title, pages in CONTENTS.items()
+    )
 
 
 # The formula of the how-to
 
+
 def first_code(page):
     "The first Python block of a page in this folder."
-    return re.search(r'```python\n(.*?)```', (HERE/page).read_text('utf-8'), re.DOTALL)[1]
+    return re.search(r'```python\n(.*?)```', (HERE / page).read_text('utf-8'), re.DOTALL)[1]
 
 
 def julia():

@@ -16,8 +16,9 @@ from jupyter_client.manager import start_new_kernel
 
 # Before any test module is collected: torch, wandb and matplotlib read them when first imported
 for variable in list(os.environ):
-    if variable.startswith(('FDSL_', 'WANDB_')): del os.environ[variable]
-os.environ['MPLBACKEND'] = 'Agg'     # no window opens, on no machine
+    if variable.startswith(('FDSL_', 'WANDB_')):
+        del os.environ[variable]
+os.environ['MPLBACKEND'] = 'Agg'  # no window opens, on no machine
 
 
 # A test that starts a process is marked `process`. `make quick` leaves those out, and refuses a
@@ -29,12 +30,12 @@ may_start = [True]
 
 def refuse_process(event, arguments=()):
     named = arguments and arguments[0]
-    if event in STARTS and named != 'uname' and not may_start[-1]:      # which `platform` asks once
+    if event in STARTS and named != 'uname' and not may_start[-1]:  # which `platform` asks once
         raise AssertionError('this test starts a process: mark it with pytest.mark.process')
 
 
 def start_refused(process, start=BaseProcess.start):
-    refuse_process('os.fork')           # one of multiprocessing may be spawned, which nothing reports
+    refuse_process('os.fork')  # one of multiprocessing may be spawned, which nothing reports
     return start(process)
 
 
@@ -60,11 +61,12 @@ def pytest_runtest_protocol(item):
 
 # What tests ask for
 
+
 @pytest.fixture
 def own_data_root(tmp_path, monkeypatch):
     "A data folder of the test's own, where everything looks and writes; it begins empty."
-    monkeypatch.setenv('FDSL_DATA_ROOT', str(tmp_path/'data'))
-    return tmp_path/'data'
+    monkeypatch.setenv('FDSL_DATA_ROOT', str(tmp_path / 'data'))
+    return tmp_path / 'data'
 
 
 @pytest.fixture(scope='session')
@@ -73,19 +75,26 @@ def documentation(testrun_uid):
     if not shutil.which('npm'):
         pytest.skip(
             'npm is not here, and the pages need MathJax and the widgets from it '
-            '(Debian: apt-get install nodejs npm)')
+            '(Debian: apt-get install nodejs npm)'
+        )
     root = Path(__file__).resolve().parents[1]
-    build = root/'docs'/'_build'
+    build = root / 'docs' / '_build'
     build.mkdir(exist_ok=True)
-    with open(build/'.lock', 'w') as lock:
+    with open(build / '.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        stamp = build/'.built-for'
+        stamp = build / '.built-for'
         if not stamp.exists() or stamp.read_text() != testrun_uid:
-            done = subprocess.run([sys.executable, root/'docs'/'make.py'], check=False, capture_output=True, text=True)
-            if 'is there a network?' in done.stderr: pytest.skip(done.stderr.strip())
+            done = subprocess.run(
+                [sys.executable, root / 'docs' / 'make.py'],
+                check=False,
+                capture_output=True,
+                text=True,
+            )
+            if 'is there a network?' in done.stderr:
+                pytest.skip(done.stderr.strip())
             assert done.returncode == 0, done.stderr
             stamp.write_text(testrun_uid)
-    return build/'html'
+    return build / 'html'
 
 
 @pytest.fixture(scope='module')

@@ -1,4 +1,5 @@
 """What several test files use: run notebooks started, a free port, weights and images compared."""
+
 import hashlib
 import io
 import os
@@ -13,10 +14,11 @@ from PIL import Image
 
 from fdsl_nb.models.checkpoints import read_checkpoint
 
-NBS = Path(__file__).resolve().parents[1]/'nbs'
+NBS = Path(__file__).resolve().parents[1] / 'nbs'
 
 
 # Run notebooks
+
 
 def environment(**more):
     return {**os.environ, 'WANDB_MODE': 'disabled', 'OMP_NUM_THREADS': '1', **more}
@@ -24,17 +26,20 @@ def environment(**more):
 
 def command(notebook, folder, **parameters):
     words = [w for k, v in parameters.items() for w in ('-p', k, str(v))]
-    paths = [str(NBS/f'{notebook}.ipynb'), str(folder/f'{notebook}.ipynb')]
+    paths = [str(NBS / f'{notebook}.ipynb'), str(folder / f'{notebook}.ipynb')]
     return [sys.executable, '-m', 'papermill', *paths, '--no-progress-bar', *words]
 
 
 def papermill(notebook, folder, **parameters):
     folder.mkdir(exist_ok=True)
     words = command(notebook, folder, **parameters)
-    return subprocess.run(words, check=False, capture_output=True, text=True, env=environment(), timeout=300)
+    return subprocess.run(
+        words, check=False, capture_output=True, text=True, env=environment(), timeout=300
+    )
 
 
 # Processes
+
 
 def free_port():
     with socket.socket() as s:
@@ -44,9 +49,10 @@ def free_port():
 
 # Weights and images
 
+
 def weights(folder):
     "The weights that a run folder ended with."
-    return read_checkpoint(folder/'last.pth.tar')['state_dict']
+    return read_checkpoint(folder / 'last.pth.tar')['state_dict']
 
 
 def equal(a, b):

@@ -1,4 +1,5 @@
 """Which module imports which, read from the source and without importing anything."""
+
 import ast
 from dataclasses import dataclass
 from itertools import pairwise
@@ -8,10 +9,11 @@ from pathlib import PurePosixPath
 @dataclass(frozen=True)
 class Arrow:
     "One import: `source` imports `target`, both as dotted names."
+
     source: str
     target: str
     line: int
-    kind: str       # 'import'; 'string' for import_module('…'); 'command' for python -m …
+    kind: str  # 'import'; 'string' for import_module('…'); 'command' for python -m …
 
     def __str__(self):
         how = {'import': 'imports', 'string': 'imports by string', 'command': 'starts'}[self.kind]
@@ -25,8 +27,9 @@ def dotted(path):
 
 
 def arrows(
-        sources,                # path → text of every module of a package, such as fdsl_nb/core/rng.py
-        package='fdsl_nb'):     # only imports of its modules are of interest
+    sources,  # path → text of every module of a package, such as fdsl_nb/core/rng.py
+    package='fdsl_nb',
+):  # only imports of its modules are of interest
     "All imports among `sources`, also inside functions; a name that is no module counts as its module."
     known = {dotted(path) for path in sources}
     found = []
@@ -48,17 +51,22 @@ def module_in(target, known):
 
 def named_by(node, home, package):
     "What a node of a syntax tree imports from `package`: (kind, dotted name) of each."
-    ours = lambda name: name == package or name.startswith(package + '.')
+
+    def ours(name):
+        return name == package or name.startswith(package + '.')
+
     if isinstance(node, ast.Import):
         yield from (('import', a.name) for a in node.names if ours(a.name))
     elif isinstance(node, ast.ImportFrom):
         base = node.module or ''
         if node.level:
-            above = home.split('.')[:len(home.split('.')) - node.level + 1]
+            above = home.split('.')[: len(home.split('.')) - node.level + 1]
             base = '.'.join([*above, *filter(None, [node.module])])
         if ours(base):
             yield from (('import', f'{base}.{a.name}') for a in node.names)
-    elif isinstance(node, ast.Call) and called(node) in ('import_module', '__import__') and node.args:
+    elif (
+        isinstance(node, ast.Call) and called(node) in ('import_module', '__import__') and node.args
+    ):
         begun = beginning(node.args[0])
         if begun.startswith('.'):
             yield 'string', f'{home}.{begun.strip(".")}'.strip('.')
@@ -85,9 +93,11 @@ def beginning(node):
 
 def upward(found, order, package='fdsl_nb'):
     "The arrows that lead to a higher package; what stands in no package of `order` is above all."
+
     def floor(name):
         parts = name.split('.')
         return order.index(parts[1]) if len(parts) > 1 and parts[1] in order else len(order)
+
     return [a for a in found if a.kind != 'command' and floor(a.target) > floor(a.source)]
 
 
@@ -98,15 +108,17 @@ def circles(found):
         if a.kind != 'command' and a.source != a.target:
             graph.setdefault(a.source, set()).add(a.target)
     done, rings = set(), []
+
     def visit(name, trail):
         if name in trail:
-            ring = trail[trail.index(name):]
+            ring = trail[trail.index(name) :]
             if not any(set(ring) == set(r) for r in rings):
                 rings.append(ring)
         elif name not in done:
             for target in sorted(graph.get(name, ())):
                 visit(target, [*trail, name])
             done.add(name)
+
     for name in sorted(graph):
         visit(name, [])
     return rings

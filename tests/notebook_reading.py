@@ -1,4 +1,5 @@
 """Reading notebooks, for the rules in test_house.py and the report in style.py."""
+
 import base64
 import functools
 import json
@@ -6,9 +7,17 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ('core', 'formulas', 'models', 'data', 'build', 'training', 'app')   # imports go downward only
-LIBRARY = [p for name in PACKAGES for p in sorted((ROOT/'nbs'/name).glob('*.ipynb'))]
-RUNS = sorted((ROOT/'nbs').glob('*.ipynb'))
+PACKAGES = (
+    'core',
+    'formulas',
+    'models',
+    'data',
+    'build',
+    'training',
+    'app',
+)  # imports go downward only
+LIBRARY = [p for name in PACKAGES for p in sorted((ROOT / 'nbs' / name).glob('*.ipynb'))]
+RUNS = sorted((ROOT / 'nbs').glob('*.ipynb'))
 NOTEBOOKS = [*LIBRARY, *RUNS]
 
 
@@ -47,12 +56,17 @@ def exported_cells(path):
 
 def module_of(path):
     "The module that a notebook exports, as `package.name`; None where it exports none."
-    named = [re.findall(r'^#\|\s*default_exp:?\s+(\S+)', c['source'], re.MULTILINE) for c in code_cells(path)]
+    named = [
+        re.findall(r'^#\|\s*default_exp:?\s+(\S+)', c['source'], re.MULTILINE)
+        for c in code_cells(path)
+    ]
     return next((names[0] for names in named if names), None)
 
 
 def lines_of(cell):
-    return [line for line in cell['source'].splitlines() if line.strip() and not line.startswith('#|')]
+    return [
+        line for line in cell['source'].splitlines() if line.strip() and not line.startswith('#|')
+    ]
 
 
 def first_line(cell):

@@ -1,11 +1,21 @@
 """How the notebooks are written, in numbers: python tests/style.py. Nothing fails here."""
+
 import io
 import statistics
 import tokenize
 
 from notebook_reading import (
-    LIBRARY, ROOT, cells, code_cells, directives, exported_cells, is_exported, lines_of, prose_cells,
-    words_of)
+    LIBRARY,
+    ROOT,
+    cells,
+    code_cells,
+    directives,
+    exported_cells,
+    is_exported,
+    lines_of,
+    prose_cells,
+    words_of,
+)
 
 HEADS = ('notebook', 'cells', 'median', 'longest', '>100', '>108', 'words', 'told', 'shown')
 LEGEND = '''
@@ -18,8 +28,15 @@ words     words of prose for each exported line
 told      exported cells followed by prose or a demonstration, %
 shown     cells with a displayed result for each exported cell, %
 '''
-SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
-    tokenize.ENCODING, tokenize.ENDMARKER}
+SKIPPED = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENCODING,
+    tokenize.ENDMARKER,
+}
 
 
 def told(path):
@@ -37,10 +54,17 @@ def row(path):
     words = sum(words_of(c['source']) for c in prose_cells(path))
     shown = sum(bool(c['outputs']) for c in code_cells(path))
     wide = [c for c in code_cells(path) if any(len(line) > 108 for line in lines_of(c))]
-    return (path.relative_to(ROOT/'nbs').with_suffix('').as_posix(), len(exported),
-        f'{statistics.median(lengths):g}', max(lengths), sum(len(line) > 100 for line in lines),
-        len(wide), f'{words / max(1, len(lines)):.1f}', percent(told(path), len(exported)),
-        percent(shown, len(exported)))
+    return (
+        path.relative_to(ROOT / 'nbs').with_suffix('').as_posix(),
+        len(exported),
+        f'{statistics.median(lengths):g}',
+        max(lengths),
+        sum(len(line) > 100 for line in lines),
+        len(wide),
+        f'{words / max(1, len(lines)):.1f}',
+        percent(told(path), len(exported)),
+        percent(shown, len(exported)),
+    )
 
 
 def percent(part, whole):
@@ -59,7 +83,7 @@ def tokens_a_line(path):
 
 def totals():
     "Sentences about all modules."
-    paths = [p for p in sorted((ROOT/'fdsl_nb').rglob('*.py')) if p.name != '_modidx.py']
+    paths = [p for p in sorted((ROOT / 'fdsl_nb').rglob('*.py')) if p.name != '_modidx.py']
     texts = [p.read_text('utf-8') for p in paths]
     tokens = sorted(n for p in paths for n in tokens_a_line(p))
     deciles = statistics.quantiles(tokens, n=10)

@@ -25,20 +25,37 @@ main()
 
 def typed(*words, folder=None, **environment):
     "Exit code, stdout, stderr, and the heavy modules that were loaded."
-    done = subprocess.run([sys.executable, '-c', FDSL, *words], check=False, capture_output=True, text=True, cwd=folder, env={**os.environ, **environment})
-    said, *loaded = done.stderr.split('LOADED')      # papermill, which the process becomes, does not tell
+    done = subprocess.run(
+        [sys.executable, '-c', FDSL, *words],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, **environment},
+    )
+    said, *loaded = done.stderr.split(
+        'LOADED'
+    )  # papermill, which the process becomes, does not tell
     return done.returncode, done.stdout, said, ' '.join(loaded).split()
 
 
 @pytest.mark.process
-@pytest.mark.parametrize('words, expected', (
-    (['--version'], [f'fdsl {fdsl_nb.__version__}']),
-    (['--help'], ['usage: fdsl', 'run', 'recipes', 'compare']),
-    (['run', '--help'], ['usage: fdsl run NAME', *run_notebooks(), *run_notebooks().values()]),
-    (['recipes', '--help'], ['usage: fdsl recipes']),
-    (['compare', '--help'], ['usage: fdsl compare', '--published LABEL=NUMBER', '--figure FILE']),
-    (['recipes'], ['cifar100 84.2', *[r.name for r in (*PRETRAIN, *FINETUNE)]]),
-    (['recipes', 'onepfrac1k_vit_tiny'], ['Nakamura et al., ECCV 2024'])), ids=' '.join)
+@pytest.mark.parametrize(
+    'words, expected',
+    (
+        (['--version'], [f'fdsl {fdsl_nb.__version__}']),
+        (['--help'], ['usage: fdsl', 'run', 'recipes', 'compare']),
+        (['run', '--help'], ['usage: fdsl run NAME', *run_notebooks(), *run_notebooks().values()]),
+        (['recipes', '--help'], ['usage: fdsl recipes']),
+        (
+            ['compare', '--help'],
+            ['usage: fdsl compare', '--published LABEL=NUMBER', '--figure FILE'],
+        ),
+        (['recipes'], ['cifar100 84.2', *[r.name for r in (*PRETRAIN, *FINETUNE)]]),
+        (['recipes', 'onepfrac1k_vit_tiny'], ['Nakamura et al., ECCV 2024']),
+    ),
+    ids=' '.join,
+)
 def test_descriptions_are_whole_and_light(words, expected):
     code, said, wrong, loaded = typed(*words)
     assert (code, wrong, loaded) == (0, '', [])
@@ -60,18 +77,26 @@ def test_a_notebook_describes_every_parameter(notebook):
 
 @pytest.mark.process
 def test_help_is_help_wherever_it_stands():
-    assert typed('run', 'explore', '-p', 'seed', '3', '-h')[:2] == typed('run', 'explore', '--help')[:2]
+    assert (
+        typed('run', 'explore', '-p', 'seed', '3', '-h')[:2]
+        == typed('run', 'explore', '--help')[:2]
+    )
 
 
 @pytest.mark.process
-@pytest.mark.parametrize('words, expected', (
-    ([], 'the following arguments are required: COMMAND'),
-    (['train'], "argument COMMAND: invalid choice: 'train'"),
-    (['run'], 'the following arguments are required: NAME'),
-    (['compare'], 'the following arguments are required: FOLDER'),
-    (['recipes', 'a', 'b'], 'unrecognized arguments: b'),
-    (['run', 'pretrain', '--epochs', '3'], 'No such option'),
-    (['run', 'pretrain', '-p', 'epochs'], 'requires 2 arguments')), ids=lambda w: ' '.join(w) if isinstance(w, list) else '')
+@pytest.mark.parametrize(
+    'words, expected',
+    (
+        ([], 'the following arguments are required: COMMAND'),
+        (['train'], "argument COMMAND: invalid choice: 'train'"),
+        (['run'], 'the following arguments are required: NAME'),
+        (['compare'], 'the following arguments are required: FOLDER'),
+        (['recipes', 'a', 'b'], 'unrecognized arguments: b'),
+        (['run', 'pretrain', '--epochs', '3'], 'No such option'),
+        (['run', 'pretrain', '-p', 'epochs'], 'requires 2 arguments'),
+    ),
+    ids=lambda w: ' '.join(w) if isinstance(w, list) else '',
+)
 def test_what_is_not_understood_ends_with_2(words, expected, tmp_path):
     code, said, wrong, _ = typed(*words, FDSL_OUTPUT_ROOT=str(tmp_path))
     assert code == 2 and said == ''
@@ -79,17 +104,37 @@ def test_what_is_not_understood_ends_with_2(words, expected, tmp_path):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize('words, expected', (
-    (['run', 'pretran'], "notebook='pretran' is not known; did you mean 'pretrain'?"),
-    (['run', 'pretrain', '-p', 'datset', 'rcdb'], "pretrain: datset='rcdb' is not a parameter; did you mean 'dataset'?"),
-    (['run', 'pretrain', '-p', 'epochs', 'ten'], "epochs='ten' should be of type int, for example 10; passes through the data"),
-    (['run', 'pretrain', '-p', 'restart', 'perhaps'], "restart='perhaps' should be of type bool"),
-    (['run', 'pretrain', '-y', 'epochs: [3'], '-y is no YAML'),
-    (['run', 'pretrain', '-y', 'epochs'], "-y 'epochs' names no parameter"),
-    (['run', 'pretrain', '-f', 'missing.yaml'], 'missing.yaml'),
-    (['recipes', 'onepfrac1k_vit_tny'], "recipe='onepfrac1k_vit_tny' is not known; did you mean 'onepfrac1k_vit_tiny'?"),
-    (['compare', 'nowhere'], 'nowhere holds no run'),
-    (['compare', 'nowhere', '--published', 'ninety'], "--published 'ninety' is no number with a name")), ids=lambda w: ' '.join(w) if isinstance(w, list) else '')
+@pytest.mark.parametrize(
+    'words, expected',
+    (
+        (['run', 'pretran'], "notebook='pretran' is not known; did you mean 'pretrain'?"),
+        (
+            ['run', 'pretrain', '-p', 'datset', 'rcdb'],
+            "pretrain: datset='rcdb' is not a parameter; did you mean 'dataset'?",
+        ),
+        (
+            ['run', 'pretrain', '-p', 'epochs', 'ten'],
+            "epochs='ten' should be of type int, for example 10; passes through the data",
+        ),
+        (
+            ['run', 'pretrain', '-p', 'restart', 'perhaps'],
+            "restart='perhaps' should be of type bool",
+        ),
+        (['run', 'pretrain', '-y', 'epochs: [3'], '-y is no YAML'),
+        (['run', 'pretrain', '-y', 'epochs'], "-y 'epochs' names no parameter"),
+        (['run', 'pretrain', '-f', 'missing.yaml'], 'missing.yaml'),
+        (
+            ['recipes', 'onepfrac1k_vit_tny'],
+            "recipe='onepfrac1k_vit_tny' is not known; did you mean 'onepfrac1k_vit_tiny'?",
+        ),
+        (['compare', 'nowhere'], 'nowhere holds no run'),
+        (
+            ['compare', 'nowhere', '--published', 'ninety'],
+            "--published 'ninety' is no number with a name",
+        ),
+    ),
+    ids=lambda w: ' '.join(w) if isinstance(w, list) else '',
+)
 def test_what_is_wrong_ends_with_1_and_a_line(words, expected, tmp_path):
     code, said, wrong, _ = typed(*words, FDSL_OUTPUT_ROOT=str(tmp_path))
     assert code == 1 and said == ''
@@ -108,54 +153,92 @@ FORM = "dataset: str = 'rcdb'  # a formula\nrestart: bool = False  # anew\nnames
 
 @pytest.fixture
 def checkout(tmp_path):
-    def cell(source, *tags): return dict(cell_type='code', id=f'c{len(source)}', execution_count=None, outputs=[], metadata=dict(tags=[*tags]), source=source)
-    cells = [dict(cell_type='markdown', id='title', metadata={}, source='# A small one'), cell(FORM, 'parameters'), cell('print(repr((dataset, restart, names)))')]
+    def cell(source, *tags):
+        return dict(
+            cell_type='code',
+            id=f'c{len(source)}',
+            execution_count=None,
+            outputs=[],
+            metadata=dict(tags=[*tags]),
+            source=source,
+        )
+
+    cells = [
+        dict(cell_type='markdown', id='title', metadata={}, source='# A small one'),
+        cell(FORM, 'parameters'),
+        cell('print(repr((dataset, restart, names)))'),
+    ]
     kernel = dict(kernelspec=dict(display_name='python3', language='python', name='python3'))
-    (tmp_path/'nbs').mkdir()
-    (tmp_path/'nbs'/'small.ipynb').write_text(json.dumps(dict(cells=cells, metadata=kernel, nbformat=4, nbformat_minor=5)))
+    (tmp_path / 'nbs').mkdir()
+    (tmp_path / 'nbs' / 'small.ipynb').write_text(
+        json.dumps(dict(cells=cells, metadata=kernel, nbformat=4, nbformat_minor=5))
+    )
     return tmp_path
 
 
 @pytest.mark.process
 def test_a_notebook_of_ones_own_is_described_checked_and_run(checkout):
-    where = dict(folder=checkout, FDSL_OUTPUT_ROOT=str(checkout/'runs'))
+    where = dict(folder=checkout, FDSL_OUTPUT_ROOT=str(checkout / 'runs'))
     code, said, _, loaded = typed('run', 'small', '--help', **where)
     assert code == 0 and loaded == [] and 'A small one.' in said and 'names: list' in said
     assert 'should be of type bool' in typed('run', 'small', '-p', 'restart', '3', **where)[2]
-    code, said, wrong, _ = typed('run', 'small', '-p', 'restart', 'true', '-p', 'names', 'a,b', **where)
+    code, said, wrong, _ = typed(
+        'run', 'small', '-p', 'restart', 'true', '-p', 'names', 'a,b', **where
+    )
     assert code == 0, wrong
-    folder, = (checkout/'runs').iterdir()
-    assert folder.name.startswith('small-rcdb-') and (folder/'small.ipynb').exists()
+    (folder,) = (checkout / 'runs').iterdir()
+    assert folder.name.startswith('small-rcdb-') and (folder / 'small.ipynb').exists()
     assert said.strip() == f'run folder: {folder}' and "('rcdb', 'true', 'a,b')" in wrong
 
 
 @pytest.mark.process
 def test_the_exit_code_is_papermills(checkout):
-    where = dict(folder=checkout, FDSL_OUTPUT_ROOT=str(checkout/'runs'))
-    path = checkout/'nbs'/'small.ipynb'
+    where = dict(folder=checkout, FDSL_OUTPUT_ROOT=str(checkout / 'runs'))
+    path = checkout / 'nbs' / 'small.ipynb'
     path.write_text(path.read_text().replace('repr(', 'missing('))
     code, _, wrong, _ = typed('run', 'small', '-p', 'run', 'named', **where)
-    assert code == 1 and "name 'missing' is not defined" in wrong and (checkout/'runs'/'named'/'small.ipynb').exists()
+    assert (
+        code == 1
+        and "name 'missing' is not defined" in wrong
+        and (checkout / 'runs' / 'named' / 'small.ipynb').exists()
+    )
 
 
 # The package's own names
 
+
 def in_python(text, **environment):
-    done = subprocess.run([sys.executable, '-c', text], check=True, capture_output=True, text=True, env={**os.environ, **environment})
+    done = subprocess.run(
+        [sys.executable, '-c', text],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
     return done.stdout.split()
 
 
 @pytest.mark.process
 def test_importing_the_package_is_light_and_its_names_are_there():
-    assert in_python(f"import sys, fdsl_nb; dir(fdsl_nb); print(*[m for m in {HEAVY} if m in sys.modules])") == []
-    assert in_python("import fdsl_nb, sys; fdsl_nb.formula('rcdb'); print('torch' in sys.modules)") == ['False']
+    assert (
+        in_python(
+            f"import sys, fdsl_nb; dir(fdsl_nb); print(*[m for m in {HEAVY} if m in sys.modules])"
+        )
+        == []
+    )
+    assert in_python(
+        "import fdsl_nb, sys; fdsl_nb.formula('rcdb'); print('torch' in sys.modules)"
+    ) == ['False']
     assert [name for name in fdsl_nb._MODULES if getattr(fdsl_nb, name).__name__ != name] == []
     assert set(fdsl_nb._MODULES) <= set(dir(fdsl_nb))
-    with pytest.raises(AttributeError, match="module 'fdsl_nb' has no attribute 'nothing'"): _ = fdsl_nb.nothing
-    with pytest.raises(ImportError): in_python_import('nothing')
+    with pytest.raises(AttributeError, match="module 'fdsl_nb' has no attribute 'nothing'"):
+        _ = fdsl_nb.nothing
+    with pytest.raises(ImportError):
+        in_python_import('nothing')
 
 
-def in_python_import(name): exec(f'from fdsl_nb import {name}', {})
+def in_python_import(name):
+    exec(f'from fdsl_nb import {name}', {})
 
 
 @pytest.mark.process
@@ -163,7 +246,7 @@ def in_python_import(name): exec(f'from fdsl_nb import {name}', {})
 def test_kernels_go_to_a_folder_of_this_state(before):
     ask = f"{before}import fdsl_nb, numba; print(numba.config.CACHE_DIR)"
     plain = {'NUMBA_CACHE_DIR': ''}
-    ours, = in_python(ask, **plain)
+    (ours,) = in_python(ask, **plain)
     assert re.search(r'fdsl_nb/__pycache__/kernels-[0-9a-f]{12}$', ours)
     # one that an older state handed on is replaced, one that somebody chose is not
     assert in_python(ask, NUMBA_CACHE_DIR=ours[:-12] + '0' * 12) == [ours]

@@ -1,4 +1,5 @@
 """Multi-label pre-training from img2dataset's shards, by papermill's own path: one process and two."""
+
 import json
 
 import numpy as np
@@ -17,24 +18,38 @@ TINY = dict(patch_size=8, embed_dim=48, depth=1, num_heads=2)
 def shards(tmp_path_factory):
     root = tmp_path_factory.mktemp('coyo')
     for split, n in (('train', 96), ('val', 41)):
-        write_shards(root/split, example_rows(n, np.random.default_rng(0), split))
+        write_shards(root / split, example_rows(n, np.random.default_rng(0), split))
     return root
 
 
 def train(folder, shards, **given):
     knobs = dict(classes=10, threshold=0.1)
-    given = dict(dataset='coyo', data=str(shards), knobs=knobs, epochs=2, epoch_images=64, batch=16, warmup_epochs=0, wandb_mode='disabled') | given
+    given = (
+        dict(
+            dataset='coyo',
+            data=str(shards),
+            knobs=knobs,
+            epochs=2,
+            epoch_images=64,
+            batch=16,
+            warmup_epochs=0,
+            wandb_mode='disabled',
+        )
+        | given
+    )
     config = configuration('pretrain', given, RunFolder(folder))
     return run_training(config | dict(model_options=Resolved(TINY, 'test')))
 
 
 @pytest.mark.process
 def test_one_process_and_two_measure_every_image(shards, tmp_path):
-    alone, two = train(tmp_path/'1', shards), train(tmp_path/'2', shards, processes=2)
+    alone, two = train(tmp_path / '1', shards), train(tmp_path / '2', shards, processes=2)
     assert alone['images'] == two['images'] == 41 and alone['split'] == 'val'
     assert alone['train_loss'] == pytest.approx(two['train_loss'], rel=1e-3)
-    rows = read_summary(RunFolder(tmp_path/'1'))
-    assert {'eval_micro_f1', 'eval_macro_f1', 'eval_auc', 'eval_top1'} <= rows[-1].keys() and rows[-1]['train_loss'] < rows[0]['train_loss']
+    rows = read_summary(RunFolder(tmp_path / '1'))
+    assert {'eval_micro_f1', 'eval_macro_f1', 'eval_auc', 'eval_top1'} <= rows[-1].keys() and rows[
+        -1
+    ]['train_loss'] < rows[0]['train_loss']
     json.dumps(alone)
 
 

@@ -1,4 +1,5 @@
 """Ranks that somebody else made, and what becomes of processes whose parent dies."""
+
 import json
 import os
 import signal
@@ -20,7 +21,15 @@ HELLO = "import json; from fdsl_nb.training.distributed import launch; print(jso
 @pytest.mark.parametrize('name, rank, world, local', LAUNCHERS, ids=[row[0] for row in LAUNCHERS])
 def test_ranks_of_every_launcher_join(name, rank, world, local):
     meeting = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
-    ranks = [subprocess.Popen([sys.executable, '-c', HELLO], stdout=subprocess.PIPE, text=True, env={**os.environ, **meeting, rank: str(r), world: '2', local: str(r)}) for r in range(2)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, '-c', HELLO],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **meeting, rank: str(r), world: '2', local: str(r)},
+        )
+        for r in range(2)
+    ]
     said = [json.loads(p.communicate(timeout=120)[0].strip().split('\n')[-1]) for p in ranks]
     assert said == [dict(processes=2, ranks=1)] * 2
 
@@ -38,13 +47,15 @@ def test_too_few_processes_are_refused():
 @pytest.mark.process
 def test_processes_end_with_a_killed_parent():
     wait = "from fdsl_nb.training.distributed import launch; launch('time:sleep', 60, 2)"
-    parent = subprocess.Popen([sys.executable, '-c', wait], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(
+        [sys.executable, '-c', wait], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     until = time.time() + 60
     while len(psutil.Process(parent.pid).children(recursive=True)) < 3 and time.time() < until:
         time.sleep(0.2)
     family = psutil.Process(parent.pid).children(recursive=True)
     assert len(family) >= 3, 'a launcher and two ranks were expected'
-    time.sleep(4)    # until the ranks sleep
+    time.sleep(4)  # until the ranks sleep
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     _, alive = psutil.wait_procs(family, timeout=20)

@@ -15,14 +15,32 @@ QUIET = {'WANDB_MODE': 'disabled', 'OMP_NUM_THREADS': '1'}
 
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures('own_data_root')]
 
-def contents(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob('*')) if p.is_file()}
+
+def contents(folder):
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted(Path(folder).rglob('*'))
+        if p.is_file()
+    }
+
 
 def differing(one, other):
     "Names of the weights that differ between two run folders."
-    one, other = (read_checkpoint(f/'last.pth.tar')['state_dict'] for f in (one, other))
+    one, other = (read_checkpoint(f / 'last.pth.tar')['state_dict'] for f in (one, other))
     return [k for k in one.keys() | other.keys() if not torch.equal(one[k], other[k])]
 
-SMALL = dict(dataset='rcdb', classes=4, instances=40, epoch_images=160, batch=16, epochs=1, warmup_epochs=0, mixup=0.5, drop_path=0.1)
+
+SMALL = dict(
+    dataset='rcdb',
+    classes=4,
+    instances=40,
+    epoch_images=160,
+    batch=16,
+    epochs=1,
+    warmup_epochs=0,
+    mixup=0.5,
+    drop_path=0.1,
+)
 
 RANK = '''
 import json, sys
@@ -32,33 +50,63 @@ from fdsl_nb.training.training import run_training
 run_training(configuration('pretrain', dict(json.loads(sys.argv[2]), wandb_mode='disabled'), RunFolder(sys.argv[1])))
 '''
 
+
 @pytest.fixture(scope='module')
 def local(tmp_path_factory):
     "Trained by two processes of this machine: what all launchers must equal."
     folder = tmp_path_factory.mktemp('local')
-    (folder/'rank.py').write_text(RANK)
-    subprocess.run([sys.executable, folder/'rank.py', folder/'run', json.dumps(SMALL | dict(processes=2))], check=True, env={**os.environ, **QUIET}, capture_output=True)
+    (folder / 'rank.py').write_text(RANK)
+    subprocess.run(
+        [sys.executable, folder / 'rank.py', folder / 'run', json.dumps(SMALL | dict(processes=2))],
+        check=True,
+        env={**os.environ, **QUIET},
+        capture_output=True,
+    )
     return folder
 
 
 # OpenMPI
 
-CLUSTER = Path(__file__).parent.parent/'docs'/'cluster'
+CLUSTER = Path(__file__).parent.parent / 'docs' / 'cluster'
+
 
 def under_mpi(command, timeout=300, **more):
     "Runs a command that calls mpirun: that of the environment, or the machine's."
     beside = str(Path(sys.executable).parent)
     path = f'{beside}{os.pathsep}{os.environ["PATH"]}'
-    if shutil.which('mpirun', path=path) is None: pytest.skip('mpirun is not installed; the extra dev brings it, as the package openmpi')
-    as_root = {'OMPI_ALLOW_RUN_AS_ROOT': '1', 'OMPI_ALLOW_RUN_AS_ROOT_CONFIRM': '1'}        # a container's user
-    return subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True, timeout=timeout,
-        env={**os.environ, **QUIET, **as_root, 'PATH': path, 'MASTER_PORT': str(free_port()), **more})
+    if shutil.which('mpirun', path=path) is None:
+        pytest.skip('mpirun is not installed; the extra dev brings it, as the package openmpi')
+    as_root = {
+        'OMPI_ALLOW_RUN_AS_ROOT': '1',
+        'OMPI_ALLOW_RUN_AS_ROOT_CONFIRM': '1',
+    }  # a container's user
+    return subprocess.run(
+        list(map(str, command)),
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={
+            **os.environ,
+            **QUIET,
+            **as_root,
+            'PATH': path,
+            'MASTER_PORT': str(free_port()),
+            **more,
+        },
+    )
 
-def mpirun(processes, *command, **more): return under_mpi(['mpirun', '--oversubscribe', '--bind-to', 'none', '-np', processes, *command], **more)
+
+def mpirun(processes, *command, **more):
+    return under_mpi(
+        ['mpirun', '--oversubscribe', '--bind-to', 'none', '-np', processes, *command], **more
+    )
+
 
 def host_file(folder, slots):
-    (folder/'hosts.txt').write_text(f'# this machine\nlocalhost slots={slots}\n')
-    return folder/'hosts.txt'
+    (folder / 'hosts.txt').write_text(f'# this machine\nlocalhost slots={slots}\n')
+    return folder / 'hosts.txt'
+
 
 SCRIPT = '''
 import sys
@@ -68,53 +116,122 @@ if __name__ == '__main__':
     with open_executor('mpi') as executor: build(VisualAtom(classes=3, instances=40, size=96), sys.argv[1], workers=0, executor=executor, layout='shards', shard_images=50)
 '''
 
-@pytest.mark.parametrize('through', [(), pytest.param(('-m', 'mpi4py.futures'), marks=pytest.mark.slow)], ids=['all processes run the script', 'mpi4py runs it'])
+
+@pytest.mark.parametrize(
+    'through',
+    [(), pytest.param(('-m', 'mpi4py.futures'), marks=pytest.mark.slow)],
+    ids=['all processes run the script', 'mpi4py runs it'],
+)
 def test_mpi_writes_the_same_bytes(tmp_path, through):
     pytest.importorskip('mpi4py', reason='the extra mpi is not installed')
-    (tmp_path/'script.py').write_text(SCRIPT)
-    done = mpirun(2, sys.executable, *through, tmp_path/'script.py', tmp_path/'out')
+    (tmp_path / 'script.py').write_text(SCRIPT)
+    done = mpirun(2, sys.executable, *through, tmp_path / 'script.py', tmp_path / 'out')
     assert done.returncode == 0, done.stderr
-    build(VisualAtom(classes=3, instances=40, size=96), tmp_path/'alone', workers=0, progress=lambda *_: None, layout='shards', shard_images=50)
-    assert contents(tmp_path/'out') == contents(tmp_path/'alone')
+    build(
+        VisualAtom(classes=3, instances=40, size=96),
+        tmp_path / 'alone',
+        workers=0,
+        progress=lambda *_: None,
+        layout='shards',
+        shard_images=50,
+    )
+    assert contents(tmp_path / 'out') == contents(tmp_path / 'alone')
+
 
 @pytest.mark.slow
 def test_build_notebook_under_mpirun(tmp_path):
     "Process 0 builds, the others work for it; a slip ends all with its reason; processes without a purpose are refused."
     pytest.importorskip('mpi4py', reason='the extra mpi is not installed')
     words = '-p dataset visualatom -p classes 6 -p instances 20 -p shard_images 30'.split()
-    def run(name, *more, script='openmpi-build.sh'): return under_mpi([CLUSTER/script, host_file(tmp_path, 3), *words, *more, '-p', 'run', tmp_path/name])
-    assert run('good', '-p', 'layout', 'shards').returncode == 0 and RunFolder(tmp_path/'good').state == 'done' and verify(tmp_path/'good'/'data') == []
-    assert sorted(p.name for p in (tmp_path/'good').glob('*.ipynb')) == ['build-rank1.ipynb', 'build-rank2.ipynb', 'build.ipynb']
-    assert run('slip', '-p', 'layout', 'shard').returncode != 0 and "did you mean 'shards'" in RunFolder(tmp_path/'slip').status['reason']
+
+    def run(name, *more, script='openmpi-build.sh'):
+        return under_mpi(
+            [CLUSTER / script, host_file(tmp_path, 3), *words, *more, '-p', 'run', tmp_path / name]
+        )
+
+    assert (
+        run('good', '-p', 'layout', 'shards').returncode == 0
+        and RunFolder(tmp_path / 'good').state == 'done'
+        and verify(tmp_path / 'good' / 'data') == []
+    )
+    assert sorted(p.name for p in (tmp_path / 'good').glob('*.ipynb')) == [
+        'build-rank1.ipynb',
+        'build-rank2.ipynb',
+        'build.ipynb',
+    ]
+    assert (
+        run('slip', '-p', 'layout', 'shard').returncode != 0
+        and "did you mean 'shards'" in RunFolder(tmp_path / 'slip').status['reason']
+    )
     words.insert(0, 'build')
-    assert run('crowd', script='openmpi.sh').returncode != 0 and 'OpenMPI started 3 processes, and scheduler=None' in RunFolder(tmp_path/'crowd').status['reason']
+    assert (
+        run('crowd', script='openmpi.sh').returncode != 0
+        and 'OpenMPI started 3 processes, and scheduler=None'
+        in RunFolder(tmp_path / 'crowd').status['reason']
+    )
+
 
 def test_mpi_for_one_process_is_explained():
     "Otherwise mpi4py tries to start processes by itself, and waits for ever where that fails."
     pytest.importorskip('mpi4py', reason='the extra mpi is not installed')
     code = "from fdsl_nb.build.build import open_executor; open_executor('mpi').__enter__()"
-    done = subprocess.run([sys.executable, '-c', code], check=False, capture_output=True, text=True, timeout=60)
-    assert 'start it and its workers with mpirun -np N' in done.stderr or 'finds no MPI on this machine' in done.stderr
+    done = subprocess.run(
+        [sys.executable, '-c', code], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert (
+        'start it and its workers with mpirun -np N' in done.stderr
+        or 'finds no MPI on this machine' in done.stderr
+    )
 
-def words(folder, **parameters): return [w for k, v in dict(parameters, run=folder).items() for w in ('-p', k, str(v))]
+
+def words(folder, **parameters):
+    return [w for k, v in dict(parameters, run=folder).items() for w in ('-p', k, str(v))]
+
 
 def test_mpirun_trains_as_local_processes_do(local, tmp_path):
     "By the script of the documentation: one run folder, a notebook a rank, and the weights of two local processes."
-    done = under_mpi([CLUSTER/'openmpi.sh', host_file(tmp_path, 2), 'pretrain', *words(tmp_path/'mpi', **SMALL)])
+    done = under_mpi(
+        [
+            CLUSTER / 'openmpi.sh',
+            host_file(tmp_path, 2),
+            'pretrain',
+            *words(tmp_path / 'mpi', **SMALL),
+        ]
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert RunFolder(tmp_path/'mpi').state == 'done' and {'pretrain.ipynb', 'pretrain-rank1.ipynb', 'summary.csv'} <= {p.name for p in (tmp_path/'mpi').iterdir()}
-    assert [json.loads(line)['processes'] for line in (tmp_path/'mpi'/'log.jsonl').read_text().splitlines() if 'processes' in line] == [2]
-    assert differing(tmp_path/'mpi', local/'run') == []
-    assert (tmp_path/'mpi'/'summary.csv').read_text() == (local/'run'/'summary.csv').read_text()
+    assert RunFolder(tmp_path / 'mpi').state == 'done' and {
+        'pretrain.ipynb',
+        'pretrain-rank1.ipynb',
+        'summary.csv',
+    } <= {p.name for p in (tmp_path / 'mpi').iterdir()}
+    assert [
+        json.loads(line)['processes']
+        for line in (tmp_path / 'mpi' / 'log.jsonl').read_text().splitlines()
+        if 'processes' in line
+    ] == [2]
+    assert differing(tmp_path / 'mpi', local / 'run') == []
+    assert (tmp_path / 'mpi' / 'summary.csv').read_text() == (
+        local / 'run' / 'summary.csv'
+    ).read_text()
+
 
 @pytest.mark.slow
 def test_papermill_under_mpirun(tmp_path):
     "As the published programs are started, with papermill itself; a short run of two processes."
-    (tmp_path/'run').mkdir()
+    (tmp_path / 'run').mkdir()
     notebook = f'{sys.executable} -m papermill {NBS}/pretrain.ipynb {tmp_path}/run/rank$OMPI_COMM_WORLD_RANK.ipynb --no-progress-bar'
-    done = mpirun(2, 'bash', '-c', ' '.join([notebook, *(f'-p {k} {v}' for k, v in SMALL.items())]), MASTER_ADDR=socket.gethostname())
+    done = mpirun(
+        2,
+        'bash',
+        '-c',
+        ' '.join([notebook, *(f'-p {k} {v}' for k, v in SMALL.items())]),
+        MASTER_ADDR=socket.gethostname(),
+    )
     assert done.returncode == 0, done.stderr
-    assert RunFolder(tmp_path/'run').state == 'done' and {'rank0.ipynb', 'rank1.ipynb'} <= {p.name for p in (tmp_path/'run').iterdir()}
+    assert RunFolder(tmp_path / 'run').state == 'done' and {'rank0.ipynb', 'rank1.ipynb'} <= {
+        p.name for p in (tmp_path / 'run').iterdir()
+    }
+
 
 FAULTY = '''
 import os, time
@@ -132,15 +249,32 @@ class Faulty(Formula):
         return np.full((self.size, self.size), 40 * c + k, np.uint8)
 '''
 
+
 def test_a_failing_rank_ends_all_and_says_why(tmp_path):
-    (tmp_path/'faulty_squares.py').write_text(FAULTY)
+    (tmp_path / 'faulty_squares.py').write_text(FAULTY)
     given = SMALL | dict(dataset='faulty_squares:Faulty', size=32)
-    done = under_mpi([CLUSTER/'openmpi.sh', host_file(tmp_path, 2), 'pretrain', *words(tmp_path/'run', **given)], PYTHONPATH=str(tmp_path))
+    done = under_mpi(
+        [
+            CLUSTER / 'openmpi.sh',
+            host_file(tmp_path, 2),
+            'pretrain',
+            *words(tmp_path / 'run', **given),
+        ],
+        PYTHONPATH=str(tmp_path),
+    )
     ended = time.time()
     assert done.returncode != 0
-    failed = float(next(line for line in (done.stdout + done.stderr).splitlines() if 'failed at' in line).split()[-1])
+    failed = float(
+        next(
+            line for line in (done.stdout + done.stderr).splitlines() if 'failed at' in line
+        ).split()[-1]
+    )
     assert ended - failed < 10
-    assert RunFolder(tmp_path/'run').state == 'failed' and RunFolder(tmp_path/'run').status['reason'] == 'process 1 of 2: OSError: the disk of process 1 is gone'
+    assert (
+        RunFolder(tmp_path / 'run').state == 'failed'
+        and RunFolder(tmp_path / 'run').status['reason']
+        == 'process 1 of 2: OSError: the disk of process 1 is gone'
+    )
 
 
 # SLURM, acted
@@ -151,67 +285,190 @@ for n in 0 1; do SLURM_PROCID=$n SLURM_NTASKS=2 SLURM_LOCALID=$n SLURM_NNODES=1 
 for id in "${ids[@]}"; do wait $id || exit 1; done
 '''
 
+
 @pytest.mark.slow
 def test_the_slurm_script_trains(local, tmp_path):
     "With actors for srun and scontrol: two tasks, which meet at the first of the hosts that scontrol names, however many they are."
-    (tmp_path/'bin').mkdir()
-    for name, text in (('srun', SRUN), ('scontrol', '#!/bin/bash\n[ "$*" == "show hostnames node[1-2]" ] && echo localhost && seq -f node%g 2 50000\n')):
-        (tmp_path/'bin'/name).write_text(text)
-        (tmp_path/'bin'/name).chmod(0o755)
-    path = os.pathsep.join([str(tmp_path/'bin'), str(Path(sys.executable).parent), os.environ['PATH']])
-    job = {'SLURM_JOB_NODELIST': 'node[1-2]', 'SLURM_JOB_ID': '4711', 'SLURM_CPUS_PER_TASK': '1', 'MASTER_PORT': str(free_port()), 'PATH': path}
-    done = subprocess.run([CLUSTER/'slurm.sh', 'pretrain', *words(tmp_path/'run', **SMALL)], check=False, capture_output=True, text=True, env={**os.environ, **QUIET, **job}, timeout=300)
-    assert done.returncode == 0 and 'srun --kill-on-bad-exit=1' in done.stdout, done.stdout + done.stderr
-    assert differing(tmp_path/'run', local/'run') == []
+    (tmp_path / 'bin').mkdir()
+    for name, text in (
+        ('srun', SRUN),
+        (
+            'scontrol',
+            '#!/bin/bash\n[ "$*" == "show hostnames node[1-2]" ] && echo localhost && seq -f node%g 2 50000\n',
+        ),
+    ):
+        (tmp_path / 'bin' / name).write_text(text)
+        (tmp_path / 'bin' / name).chmod(0o755)
+    path = os.pathsep.join(
+        [str(tmp_path / 'bin'), str(Path(sys.executable).parent), os.environ['PATH']]
+    )
+    job = {
+        'SLURM_JOB_NODELIST': 'node[1-2]',
+        'SLURM_JOB_ID': '4711',
+        'SLURM_CPUS_PER_TASK': '1',
+        'MASTER_PORT': str(free_port()),
+        'PATH': path,
+    }
+    done = subprocess.run(
+        [CLUSTER / 'slurm.sh', 'pretrain', *words(tmp_path / 'run', **SMALL)],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **QUIET, **job},
+        timeout=300,
+    )
+    assert done.returncode == 0 and 'srun --kill-on-bad-exit=1' in done.stdout, (
+        done.stdout + done.stderr
+    )
+    assert differing(tmp_path / 'run', local / 'run') == []
 
 
 # Two hosts
 
-def host(n, *command): return ['ip', 'netns', 'exec', f'fdsl-{os.getpid()}-{n}', 'unshare', '--uts', 'sh', '-c', f'hostname fdsl-{n}; exec "$@"', 'sh', *map(str, command)]
+
+def host(n, *command):
+    return [
+        'ip',
+        'netns',
+        'exec',
+        f'fdsl-{os.getpid()}-{n}',
+        'unshare',
+        '--uts',
+        'sh',
+        '-c',
+        f'hostname fdsl-{n}; exec "$@"',
+        'sh',
+        *map(str, command),
+    ]
+
 
 @pytest.fixture(scope='module')
 def hosts():
     "Two network namespaces joined by a cable, each with a name and an address of its own: what connects them is the network, as between machines."
     pid, done = os.getpid(), []
-    def ip(*words): done.append(subprocess.run(['ip', *words], check=False, capture_output=True, text=True))
-    if not all(map(shutil.which, ('ip', 'unshare'))): pytest.skip('the programs ip and unshare are needed to make hosts')
-    for n in (0, 1): ip('netns', 'add', f'fdsl-{pid}-{n}')
-    ip('link', 'add', f'fdsl{pid % 10**6}a', 'netns', f'fdsl-{pid}-0', 'type', 'veth', 'peer', 'name', f'fdsl{pid % 10**6}b', 'netns', f'fdsl-{pid}-1')
+
+    def ip(*words):
+        done.append(subprocess.run(['ip', *words], check=False, capture_output=True, text=True))
+
+    if not all(map(shutil.which, ('ip', 'unshare'))):
+        pytest.skip('the programs ip and unshare are needed to make hosts')
+    for n in (0, 1):
+        ip('netns', 'add', f'fdsl-{pid}-{n}')
+    ip(
+        'link',
+        'add',
+        f'fdsl{pid % 10**6}a',
+        'netns',
+        f'fdsl-{pid}-0',
+        'type',
+        'veth',
+        'peer',
+        'name',
+        f'fdsl{pid % 10**6}b',
+        'netns',
+        f'fdsl-{pid}-1',
+    )
     for n, name in enumerate((f'fdsl{pid % 10**6}a', f'fdsl{pid % 10**6}b')):
         ip('-n', f'fdsl-{pid}-{n}', 'link', 'set', name, 'name', 'net0')
         ip('-n', f'fdsl-{pid}-{n}', 'addr', 'add', f'10.77.0.{n + 1}/24', 'dev', 'net0')
-        for device in ('lo', 'net0'): ip('-n', f'fdsl-{pid}-{n}', 'link', 'set', device, 'up')
+        for device in ('lo', 'net0'):
+            ip('-n', f'fdsl-{pid}-{n}', 'link', 'set', device, 'up')
     refused = next((d.stderr.strip() for d in done if d.returncode), '')
     try:
-        if refused: pytest.skip(f'network namespaces cannot be made here, which takes root: {refused}')
+        if refused:
+            pytest.skip(f'network namespaces cannot be made here, which takes root: {refused}')
         yield
     finally:
-        for n in (0, 1): ip('netns', 'del', f'fdsl-{pid}-{n}')
+        for n in (0, 1):
+            ip('netns', 'del', f'fdsl-{pid}-{n}')
+
 
 def on_both(commands, timeout=240, **more):
     "Runs a command on each host at once; (exit status, all that was said) of each."
     environment = {**os.environ, **QUIET, 'GLOO_SOCKET_IFNAME': 'net0', **more}
-    running = [subprocess.Popen(host(n, *command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) for n, command in enumerate(commands)]
-    try: return [(p.communicate(timeout=timeout)[0], p.returncode)[::-1] for p in running]
+    running = [
+        subprocess.Popen(
+            host(n, *command),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        for n, command in enumerate(commands)
+    ]
+    try:
+        return [(p.communicate(timeout=timeout)[0], p.returncode)[::-1] for p in running]
     finally:
-        for p in running: p.kill()
+        for p in running:
+            p.kill()
+
 
 def test_hosts_are_two(hosts):
     "They have their own names, and neither reaches the other's or this machine's loopback."
-    listen = "import socket; s = socket.create_server(('127.0.0.1', 29777)); s.settimeout(3); s.accept()"
-    assert [said.strip() for _, said in on_both([['hostname']] * 2)] == ['fdsl-0', 'fdsl-1'] and socket.gethostname() not in ('fdsl-0', 'fdsl-1')
+    listen = (
+        "import socket; s = socket.create_server(('127.0.0.1', 29777)); s.settimeout(3); s.accept()"
+    )
+    assert [said.strip() for _, said in on_both([['hostname']] * 2)] == [
+        'fdsl-0',
+        'fdsl-1',
+    ] and socket.gethostname() not in ('fdsl-0', 'fdsl-1')
     knock = "import socket, time; time.sleep(1); socket.create_connection(('127.0.0.1', 29777), 1)"
-    assert [status for status, _ in on_both([[sys.executable, '-c', listen], [sys.executable, '-c', knock]])] == [1, 1]
+    assert [
+        status
+        for status, _ in on_both([[sys.executable, '-c', listen], [sys.executable, '-c', knock]])
+    ] == [1, 1]
 
-@pytest.mark.parametrize('launcher', ['by hand', *(pytest.param(name, marks=pytest.mark.slow) for name in ('torchrun', 'words of OpenMPI', 'words of SLURM'))])
+
+@pytest.mark.parametrize(
+    'launcher',
+    [
+        'by hand',
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ('torchrun', 'words of OpenMPI', 'words of SLURM')
+        ),
+    ],
+)
 def test_two_hosts_train_as_two_processes_do(hosts, local, tmp_path, launcher):
     "MASTER_ADDR is the first host's address, as the published programs set it."
     meeting = dict(MASTER_ADDR='10.77.0.1', MASTER_PORT='29611')
-    words = [local/'rank.py', tmp_path/'run', json.dumps(SMALL)]
-    names = {'by hand': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'), 'words of OpenMPI': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
-        'words of SLURM': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID')}.get(launcher)
-    if names: commands = [['env', f'{names[0]}={n}', f'{names[1]}=2', f'{names[2]}=0', sys.executable, *words] for n in (0, 1)]
-    else: commands = [[sys.executable, '-m', 'torch.distributed.run', '--nnodes', 2, '--node-rank', n, '--master-addr', '10.77.0.1', '--master-port', '29612', *words] for n in (0, 1)]
-    for status, said in on_both(commands, **meeting): assert status == 0, said
-    assert RunFolder(tmp_path/'run').status['host'] == 'fdsl-0' and RunFolder(tmp_path/'run').status['state'] == 'done'
-    assert differing(tmp_path/'run', local/'run') == []
+    words = [local / 'rank.py', tmp_path / 'run', json.dumps(SMALL)]
+    names = {
+        'by hand': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
+        'words of OpenMPI': (
+            'OMPI_COMM_WORLD_RANK',
+            'OMPI_COMM_WORLD_SIZE',
+            'OMPI_COMM_WORLD_LOCAL_RANK',
+        ),
+        'words of SLURM': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+    }.get(launcher)
+    if names:
+        commands = [
+            ['env', f'{names[0]}={n}', f'{names[1]}=2', f'{names[2]}=0', sys.executable, *words]
+            for n in (0, 1)
+        ]
+    else:
+        commands = [
+            [
+                sys.executable,
+                '-m',
+                'torch.distributed.run',
+                '--nnodes',
+                2,
+                '--node-rank',
+                n,
+                '--master-addr',
+                '10.77.0.1',
+                '--master-port',
+                '29612',
+                *words,
+            ]
+            for n in (0, 1)
+        ]
+    for status, said in on_both(commands, **meeting):
+        assert status == 0, said
+    assert (
+        RunFolder(tmp_path / 'run').status['host'] == 'fdsl-0'
+        and RunFolder(tmp_path / 'run').status['state'] == 'done'
+    )
+    assert differing(tmp_path / 'run', local / 'run') == []

@@ -10,9 +10,24 @@ import torch
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from fdsl_nb.training.distributed import join, launch, rank, world
-from fdsl_nb.training.multilabel import MultiLabelCounter, MultiLabelLoss, drawer, drawer_auc, label_ranks, ranked
+from fdsl_nb.training.multilabel import (
+    MultiLabelCounter,
+    MultiLabelLoss,
+    drawer,
+    drawer_auc,
+    label_ranks,
+    ranked,
+)
 
-COUNTS = ('ranks', 'true_positives', 'false_positives', 'false_negatives', 'areas', 'precisions', 'exact_areas')
+COUNTS = (
+    'ranks',
+    'true_positives',
+    'false_positives',
+    'false_negatives',
+    'areas',
+    'precisions',
+    'exact_areas',
+)
 
 
 def some_answers(images=41, classes=300):
@@ -20,8 +35,8 @@ def some_answers(images=41, classes=300):
     g = torch.Generator().manual_seed(5)
     logits = (4 * torch.randn(images, classes, generator=g)).round() / 2 - 1
     targets = (torch.rand(images, classes, generator=g) < 0.1).float()
-    targets[:, 7], targets[:, 8] = 0., 1.
-    targets[3:4] = 0.
+    targets[:, 7], targets[:, 8] = 0.0, 1.0
+    targets[3:4] = 0.0
     return logits, targets
 
 
@@ -33,14 +48,22 @@ def counted(logits, targets, batch=8, classes=None):
 
 
 def test_loss_of_a_hand_made_batch():
-    logits, targets = torch.tensor([[0., math.log(3)], [-math.log(3), 0.]]), torch.tensor([[1., 1.], [1., 0.]])
-    first, second = math.log(2) - math.log(0.75), -math.log(0.25) + math.log(2)      # chances 1/2 and 3/4; 1/4 and 1/2
+    logits, targets = (
+        torch.tensor([[0.0, math.log(3)], [-math.log(3), 0.0]]),
+        torch.tensor([[1.0, 1.0], [1.0, 0.0]]),
+    )
+    first, second = (
+        math.log(2) - math.log(0.75),
+        -math.log(0.25) + math.log(2),
+    )  # chances 1/2 and 3/4; 1/4 and 1/2
     assert MultiLabelLoss()(logits, targets).item() == pytest.approx((first + second) / 2, rel=1e-6)
     half = torch.full((2, 2), 0.5)
-    assert MultiLabelLoss()(torch.zeros(2, 2), half).item() == pytest.approx(2 * math.log(2), rel=1e-6)
+    assert MultiLabelLoss()(torch.zeros(2, 2), half).item() == pytest.approx(
+        2 * math.log(2), rel=1e-6
+    )
 
 
-@pytest.mark.parametrize('clip', [0., 1e-7])
+@pytest.mark.parametrize('clip', [0.0, 1e-7])
 def test_smoothing_is_for_training_only(clip):
     logits, targets = some_answers()
     y = targets.double() * 0.8 + 0.1
@@ -48,57 +71,94 @@ def test_smoothing_is_for_training_only(clip):
     expected = -(y * p.log() + (1 - y) * (1 - p).log()).sum(1).mean().item()
     assert MultiLabelLoss(0.2, clip)(logits, targets).item() == pytest.approx(expected, rel=1e-5)
     with torch.no_grad():
-        assert MultiLabelLoss(0.2, clip)(logits, targets).item() == MultiLabelLoss(0., clip)(logits, targets).item() != pytest.approx(expected, rel=1e-3)
+        assert (
+            MultiLabelLoss(0.2, clip)(logits, targets).item()
+            == MultiLabelLoss(0.0, clip)(logits, targets).item()
+            != pytest.approx(expected, rel=1e-3)
+        )
 
 
 def test_the_published_clip_caps_a_class_and_kills_its_gradient():
-    for x, y in ((-40., 1.), (40., 0.)):
-        for loss, value, slope in ((MultiLabelLoss(clip=1e-7), -math.log(1e-7), 0.), (MultiLabelLoss(), 40., 1.)):
+    for x, y in ((-40.0, 1.0), (40.0, 0.0)):
+        for loss, value, slope in (
+            (MultiLabelLoss(clip=1e-7), -math.log(1e-7), 0.0),
+            (MultiLabelLoss(), 40.0, 1.0),
+        ):
             logits = torch.tensor([[x]], requires_grad=True)
             found = loss(logits, torch.tensor([[y]]))
             found.backward()
-            assert found.item() == pytest.approx(value, rel=1e-6) and abs(logits.grad.item()) == pytest.approx(slope, abs=1e-6)
+            assert found.item() == pytest.approx(value, rel=1e-6) and abs(
+                logits.grad.item()
+            ) == pytest.approx(slope, abs=1e-6)
     assert -math.log(1e-7) == pytest.approx(16.1, abs=0.05)
 
 
 def test_low_precision_logits_do_not_spoil_the_loss():
     logits, targets = some_answers()
     assert MultiLabelLoss()(logits.bfloat16(), targets).dtype == torch.float32
-    assert counted(logits.bfloat16(), targets).loss == counted(logits.bfloat16().float(), targets).loss
+    assert (
+        counted(logits.bfloat16(), targets).loss == counted(logits.bfloat16().float(), targets).loss
+    )
 
 
 def test_ranks_by_hand():
-    logits = torch.tensor([[5., 4., 3.], [5., 5., 5.], [1., 2., 2.], [0., 0., 1.], [1., 2., 3.]])
+    logits = torch.tensor(
+        [[5.0, 4.0, 3.0], [5.0, 5.0, 5.0], [1.0, 2.0, 2.0], [0.0, 0.0, 1.0], [1.0, 2.0, 3.0]]
+    )
     labels = torch.tensor([[0, 0, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0], [1, 1, 1]]).bool()
     assert label_ranks(logits, labels).tolist() == [2, 1, 1, 3, 0]
 
 
 def test_figures_by_hand():
-    logits = torch.tensor([[2., -1., 1., -3.], [-1., 1., 3., -3.], [-2., -1., -1., -3.], [1., -2., -1., -3.]])
-    targets = torch.tensor([[1., 0., 0., 0.], [0., 1., 0., 0.], [1., 1., 0., 0.], [0., 0., 0., 0.]])
+    logits = torch.tensor(
+        [
+            [2.0, -1.0, 1.0, -3.0],
+            [-1.0, 1.0, 3.0, -3.0],
+            [-2.0, -1.0, -1.0, -3.0],
+            [1.0, -2.0, -1.0, -3.0],
+        ]
+    )
+    targets = torch.tensor(
+        [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    )
     e = counted(logits, targets)
-    assert (e.images, e.correct, e.within_five) == (4, 2, 3)            # ranks 0, 1, 0 and no label at all
-    assert (e.hit(1), e.hit(2), e.top5) == (50., 75., 75.)
-    assert [v.tolist() for v in (e.true_positives, e.false_positives, e.false_negatives)] == [[1, 1, 0, 0], [1, 0, 2, 0], [1, 1, 0, 0]]
+    assert (e.images, e.correct, e.within_five) == (4, 2, 3)  # ranks 0, 1, 0 and no label at all
+    assert (e.hit(1), e.hit(2), e.top5) == (50.0, 75.0, 75.0)
+    assert [v.tolist() for v in (e.true_positives, e.false_positives, e.false_negatives)] == [
+        [1, 1, 0, 0],
+        [1, 0, 2, 0],
+        [1, 1, 0, 0],
+    ]
     assert e.micro_f1 == 2 * 2 / (2 * 2 + 3 + 2)
     assert e.macro_f1 == pytest.approx((1 / 2 + 2 / 3 + 0 + 0) / 4)
     # class 0, from the top: yes, no, no, yes; class 1: yes, then one yes and one no together, then no
     assert e.precisions[:2] == pytest.approx([(1 + 2 / 4) / 2, (1 + 2 / 3) / 2])
     assert np.isnan(e.precisions[2:]).all() and e.mean_ap == pytest.approx((0.75 + 5 / 6) / 2)
-    assert e.exact_areas[:2] == pytest.approx([0.5, 3.5 / 4]) and e.published_auc == pytest.approx((0.5 + 0.875) / 4)
+    assert e.exact_areas[:2] == pytest.approx([0.5, 3.5 / 4]) and e.published_auc == pytest.approx(
+        (0.5 + 0.875) / 4
+    )
 
 
 def test_drawers_are_those_of_two_hundred_thresholds():
     thresholds = np.array([-1e-7, *(i / 199 for i in range(1, 199)), 1 + 1e-7])
     g = np.random.default_rng(0)
-    logits = torch.from_numpy(np.concatenate([g.normal(0, 3, 500), [-200., 200., 0.]])).float()
+    logits = torch.from_numpy(np.concatenate([g.normal(0, 3, 500), [-200.0, 200.0, 0.0]])).float()
     y = g.random(503) < 0.3
     p = logits.sigmoid().numpy()
     assert drawer(logits).tolist() == [int((x > thresholds[1:-1]).sum()) for x in p.astype(float)]
-    true, false = (np.array([(p[y == kind] > t).sum() for t in thresholds]) for kind in (True, False))
+    true, false = (
+        np.array([(p[y == kind] > t).sum() for t in thresholds]) for kind in (True, False)
+    )
     rates = true / y.sum(), false / (~y).sum()
-    expected = sum((rates[1][i] - rates[1][i + 1]) * (rates[0][i] + rates[0][i + 1]) / 2 for i in range(199))
-    counts = np.stack([np.bincount(drawer(logits[torch.from_numpy(y == kind)]).numpy(), minlength=199)[None] for kind in (False, True)])
+    expected = sum(
+        (rates[1][i] - rates[1][i + 1]) * (rates[0][i] + rates[0][i + 1]) / 2 for i in range(199)
+    )
+    counts = np.stack(
+        [
+            np.bincount(drawer(logits[torch.from_numpy(y == kind)]).numpy(), minlength=199)[None]
+            for kind in (False, True)
+        ]
+    )
     assert drawer_auc(counts)[0] == pytest.approx(expected, abs=1e-12)
 
 
@@ -107,10 +167,16 @@ def test_figures_equal_scikit_learns():
     e, kept = counted(logits, targets), [c for c in range(300) if 0 < targets[:, c].sum() < 41]
     assert len(kept) < 298
     has = [c for c in range(300) if targets[:, c].sum()]
-    assert e.mean_ap == pytest.approx(np.mean([average_precision_score(targets[:, c], logits[:, c]) for c in has]), abs=1e-12)
-    assert e.exact_auc == pytest.approx(np.mean([roc_auc_score(targets[:, c], logits[:, c]) for c in kept]), abs=1e-12)
+    assert e.mean_ap == pytest.approx(
+        np.mean([average_precision_score(targets[:, c], logits[:, c]) for c in has]), abs=1e-12
+    )
+    assert e.exact_auc == pytest.approx(
+        np.mean([roc_auc_score(targets[:, c], logits[:, c]) for c in kept]), abs=1e-12
+    )
     assert e.micro_f1 == pytest.approx(f1_score(targets, logits > 0, average='micro'), abs=1e-12)
-    assert e.macro_f1 == pytest.approx(f1_score(targets, logits > 0, average='macro', zero_division=0), abs=1e-12)
+    assert e.macro_f1 == pytest.approx(
+        f1_score(targets, logits > 0, average='macro', zero_division=0), abs=1e-12
+    )
     for k in (1, 5, 50):
         order = np.argsort(-logits.numpy(), axis=1, kind='stable')[:, :k]
         assert e.hits(k) == int(np.take_along_axis(targets.numpy(), order, 1).max(1).sum())
@@ -127,7 +193,10 @@ def test_order_of_images_changes_nothing():
 
 def test_soft_targets_count_as_labels():
     logits, targets = some_answers()
-    a, b = counted(logits, targets), counted(logits, targets / targets.sum(1, keepdim=True).clamp(min=1))
+    a, b = (
+        counted(logits, targets),
+        counted(logits, targets / targets.sum(1, keepdim=True).clamp(min=1)),
+    )
     np.testing.assert_array_equal(a.ranks, b.ranks)
     np.testing.assert_array_equal(a.precisions, b.precisions)
     assert a.loss != b.loss
@@ -144,14 +213,23 @@ def share(config):
     "This process's part of the answers, counted; every third process gets none of the last images."
     with join():
         logits, targets = some_answers(config['images'])
-        e = counted(logits[rank()::world()], targets[rank()::world()], config['batch'], classes=300)
-        return json.loads(json.dumps({name: getattr(e, name).tolist() for name in COUNTS} | {'figures': e.figures()}))
+        e = counted(
+            logits[rank() :: world()], targets[rank() :: world()], config['batch'], classes=300
+        )
+        return json.loads(
+            json.dumps(
+                {name: getattr(e, name).tolist() for name in COUNTS} | {'figures': e.figures()}
+            )
+        )
 
 
 @pytest.mark.process
 @pytest.mark.parametrize('images', [41, 1], ids=['41 images', 'one image'])
 def test_two_processes_count_as_one_does(images, monkeypatch):
     monkeypatch.setenv('PYTHONPATH', str(Path(__file__).parent))
-    alone, two = share({'images': images, 'batch': 8}), launch('test_multilabel:share', {'images': images, 'batch': 5}, 2)
+    alone, two = (
+        share({'images': images, 'batch': 8}),
+        launch('test_multilabel:share', {'images': images, 'batch': 5}, 2),
+    )
     assert alone['figures'].pop('loss') == pytest.approx(two['figures'].pop('loss'), rel=1e-12)
-    assert str(alone) == str(two)       # as text, because nan is not equal to itself
+    assert str(alone) == str(two)  # as text, because nan is not equal to itself

@@ -1,4 +1,5 @@
 """Every published option of training does what it says: small runs, one or two epochs, looked at from inside."""
+
 import math
 import os
 from pathlib import Path
@@ -23,15 +24,27 @@ from fdsl_nb.models.models import create_model
 from fdsl_nb.training.optimise import make_schedule
 from fdsl_nb.training.plan import Recipe
 from fdsl_nb.training.training import make_model, open_splits, read_recipe, run_training, train
-from training_helpers import BASE, DRAWN, TINY, Watch, resolved, run_ranks, trained, values, watching
+from training_helpers import (
+    BASE,
+    DRAWN,
+    TINY,
+    Watch,
+    resolved,
+    run_ranks,
+    trained,
+    values,
+    watching,
+)
 
 pytestmark = pytest.mark.long
 
-DIGITS = dict(dataset='digits', knobs={}, batch=160, epochs=1)      # 797 images, and splits to measure on
+DIGITS = dict(
+    dataset='digits', knobs={}, batch=160, epochs=1
+)  # 797 images, and splits to measure on
 
 
 def weights(folder, name='last.pth.tar', entry='state_dict'):
-    return read_checkpoint(Path(folder)/name)[entry]
+    return read_checkpoint(Path(folder) / name)[entry]
 
 
 def distance(one, other):
@@ -44,13 +57,20 @@ def first_weights(**given):
 
 # The learning rate
 
+
 def as_timm(steps, metrics=None, **flags):
     "The rate of every step in timm's own training script under these flags."
-    optimizer = create_optimizer_v2(nn.Linear(1, 1), opt='sgd', lr=1e-3, weight_decay=0.05, momentum=0.9)
-    schedule, epochs = create_scheduler(SimpleNamespace(seed=0, **flags), optimizer, updates_per_epoch=steps)
+    optimizer = create_optimizer_v2(
+        nn.Linear(1, 1), opt='sgd', lr=1e-3, weight_decay=0.05, momentum=0.9
+    )
+    schedule, epochs = create_scheduler(
+        SimpleNamespace(seed=0, **flags), optimizer, updates_per_epoch=steps
+    )
     rates, done = [], 0
-    if flags.get('sched_on_updates'): schedule.step_update(0)
-    else: schedule.step(0) if metrics is None else None
+    if flags.get('sched_on_updates'):
+        schedule.step_update(0)
+    else:
+        schedule.step(0) if metrics is None else None
     for epoch in range(int(epochs)):
         for _ in range(steps):
             rates.append(optimizer.param_groups[0]['lr'])
@@ -60,23 +80,76 @@ def as_timm(steps, metrics=None, **flags):
     return rates
 
 
-@pytest.mark.parametrize('flags, options', [
-    (dict(sched='cosine', epochs=6, sched_on_updates=True), dict()),
-    (dict(sched='tanh', epochs=6), dict(schedule='tanh', per_step=False)),
-    (dict(sched='step', epochs=6, decay_epochs=2, decay_rate=0.3), dict(schedule='step', decay_epochs=2, decay_rate=0.3, per_step=False)),
-    (dict(sched='cosine', epochs=6, warmup_epochs=2, warmup_lr=1e-5), dict(warmup_epochs=2, warmup_lr=1e-5, per_step=False)),
-    (dict(sched='cosine', epochs=6, warmup_epochs=1.5, warmup_lr=1e-5, sched_on_updates=True), dict(warmup_steps=3, warmup_lr=1e-5)),
-    (dict(sched='cosine', epochs=6, sched_on_updates=True, lr_noise=[0.3, 0.9], lr_noise_pct=0.4, lr_noise_std=0.5), dict(noise=(0.3, 0.9), noise_pct=0.4, noise_std=0.5)),
-    (dict(sched='cosine', epochs=3, lr_cycle_limit=2, lr_cycle_decay=0.5), dict(cycle_limit=2, per_step=False)),
-    (dict(sched='cosine', epochs=2, lr_cycle_limit=2, lr_cycle_mul=2.0, lr_cycle_decay=0.4, sched_on_updates=True), dict(cycle_limit=2, cycle_mul=2.0, cycle_decay=0.4)),
-    (dict(sched='cosine', epochs=4, cooldown_epochs=2), dict(cooldown_epochs=2, per_step=False)),
-], ids=['cosine', 'tanh', 'step', 'warm-up', 'warm-up in steps', 'noise', 'cycles', 'longer cycles', 'cooldown'])
+@pytest.mark.parametrize(
+    'flags, options',
+    [
+        (dict(sched='cosine', epochs=6, sched_on_updates=True), dict()),
+        (dict(sched='tanh', epochs=6), dict(schedule='tanh', per_step=False)),
+        (
+            dict(sched='step', epochs=6, decay_epochs=2, decay_rate=0.3),
+            dict(schedule='step', decay_epochs=2, decay_rate=0.3, per_step=False),
+        ),
+        (
+            dict(sched='cosine', epochs=6, warmup_epochs=2, warmup_lr=1e-5),
+            dict(warmup_epochs=2, warmup_lr=1e-5, per_step=False),
+        ),
+        (
+            dict(
+                sched='cosine', epochs=6, warmup_epochs=1.5, warmup_lr=1e-5, sched_on_updates=True
+            ),
+            dict(warmup_steps=3, warmup_lr=1e-5),
+        ),
+        (
+            dict(
+                sched='cosine',
+                epochs=6,
+                sched_on_updates=True,
+                lr_noise=[0.3, 0.9],
+                lr_noise_pct=0.4,
+                lr_noise_std=0.5,
+            ),
+            dict(noise=(0.3, 0.9), noise_pct=0.4, noise_std=0.5),
+        ),
+        (
+            dict(sched='cosine', epochs=3, lr_cycle_limit=2, lr_cycle_decay=0.5),
+            dict(cycle_limit=2, per_step=False),
+        ),
+        (
+            dict(
+                sched='cosine',
+                epochs=2,
+                lr_cycle_limit=2,
+                lr_cycle_mul=2.0,
+                lr_cycle_decay=0.4,
+                sched_on_updates=True,
+            ),
+            dict(cycle_limit=2, cycle_mul=2.0, cycle_decay=0.4),
+        ),
+        (
+            dict(sched='cosine', epochs=4, cooldown_epochs=2),
+            dict(cooldown_epochs=2, per_step=False),
+        ),
+    ],
+    ids=[
+        'cosine',
+        'tanh',
+        'step',
+        'warm-up',
+        'warm-up in steps',
+        'noise',
+        'cycles',
+        'longer cycles',
+        'cooldown',
+    ],
+)
 def test_a_schedule_is_timms(flags, options, tmp_path):
     flags = dict(warmup_epochs=0, min_lr=1e-5) | flags
     _, watch, _ = trained(tmp_path, epochs=6, min_lr=1e-5, **options)
     assert watch.rates == pytest.approx(as_timm(2, **flags), rel=1e-9)
     assert len(set(watch.rates)) >= 3, 'the rate hardly moves, and nothing was tested'
-    assert [row['lr'] for row in read_summary(RunFolder(tmp_path))] == pytest.approx(watch.rates[1::2], rel=1e-9)
+    assert [row['lr'] for row in read_summary(RunFolder(tmp_path))] == pytest.approx(
+        watch.rates[1::2], rel=1e-9
+    )
 
 
 PLATEAU = dict(schedule='plateau', patience=1, decay_rate=0.5, min_lr=0.0, epochs=8)
@@ -84,26 +157,55 @@ PLATEAU = dict(schedule='plateau', patience=1, decay_rate=0.5, min_lr=0.0, epoch
 
 def test_a_plateau_falls_when_the_loss_stays(tmp_path):
     _, watch, _ = trained(tmp_path, lr=1e-6, optimizer='sgd', best_by='loss', **PLATEAU)
-    assert [r / 1e-6 for r in watch.rates[::2]] == pytest.approx([1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.125])
+    assert [r / 1e-6 for r in watch.rates[::2]] == pytest.approx(
+        [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.125]
+    )
 
 
 def test_a_plateau_goes_on_across_pauses(tmp_path):
-    options = PLATEAU | dict(lr=3e-2, optimizer='sgd', best_by='loss', noise=(0.5, 1.0), noise_pct=0.3, warmup_epochs=2, decay_rate=0.3)
-    _, watch, _ = trained(tmp_path/'whole', **options)
+    options = PLATEAU | dict(
+        lr=3e-2,
+        optimizer='sgd',
+        best_by='loss',
+        noise=(0.5, 1.0),
+        noise_pct=0.3,
+        warmup_epochs=2,
+        decay_rate=0.3,
+    )
+    _, watch, _ = trained(tmp_path / 'whole', **options)
     rates = []
     for _ in range(8):
-        _, session, result = trained(tmp_path/'paused', pause=1, recovery=1, **options)
+        _, session, result = trained(tmp_path / 'paused', pause=1, recovery=1, **options)
         rates += session.rates
     assert not result['paused'] and rates == watch.rates
-    assert distance(weights(tmp_path/'paused'), weights(tmp_path/'whole')) == 0
+    assert distance(weights(tmp_path / 'paused'), weights(tmp_path / 'whole')) == 0
 
 
 def test_a_plateau_is_timms_for_losses_and_for_accuracies():
     losses = [2.0, 1.5, 1.49999, 1.5, 1.6, 1.2, 1.3, 1.3, 1.3, 1.1]
     for metrics, kind, sign in ((losses, 'loss', -1), ([100 - 10 * v for v in losses], 'top1', 1)):
-        expected = as_timm(1, metrics, sched='plateau', epochs=10, patience_epochs=1, decay_rate=0.3, eval_metric=kind, warmup_epochs=2, warmup_lr=1e-4, lr_noise=None)
+        expected = as_timm(
+            1,
+            metrics,
+            sched='plateau',
+            epochs=10,
+            patience_epochs=1,
+            decay_rate=0.3,
+            eval_metric=kind,
+            warmup_epochs=2,
+            warmup_lr=1e-4,
+            lr_noise=None,
+        )
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
-        schedule, rates = make_schedule(optimizer, Recipe(**PLATEAU | dict(epochs=10, warmup_epochs=2, decay_rate=0.3)), 1, 0), []
+        schedule, rates = (
+            make_schedule(
+                optimizer,
+                Recipe(**PLATEAU | dict(epochs=10, warmup_epochs=2, decay_rate=0.3)),
+                1,
+                0,
+            ),
+            [],
+        )
         for epoch in range(10):
             schedule.step(epoch, sign * metrics[epoch - 1] if epoch else None)
             rates.append(optimizer.param_groups[0]['lr'])
@@ -112,29 +214,47 @@ def test_a_plateau_is_timms_for_losses_and_for_accuracies():
 
 # The step
 
+
 def moved(folder, **given):
     "How far one step of plain SGD moves each tensor, over its learning rate: the gradient as limited."
-    options = dict(optimizer='momentum', momentum=0.0, weight_decay=0.0, lr=1.0, schedule='constant', batch=32, epochs=1) | given
+    options = (
+        dict(
+            optimizer='momentum',
+            momentum=0.0,
+            weight_decay=0.0,
+            lr=1.0,
+            schedule='constant',
+            batch=32,
+            epochs=1,
+        )
+        | given
+    )
     trained(folder, **options)
     before = first_weights(**given)
     return {k: v - before[k] for k, v in weights(folder).items()}
 
 
-def norm(tensors): return torch.cat([t.flatten() for t in tensors.values()]).norm().item()
+def norm(tensors):
+    return torch.cat([t.flatten() for t in tensors.values()]).norm().item()
 
 
 def test_the_gradient_is_limited(tmp_path):
-    free = moved(tmp_path/'free')
+    free = moved(tmp_path / 'free')
     assert norm(free) > 0.1
-    by_norm = moved(tmp_path/'norm', clip=0.05)
+    by_norm = moved(tmp_path / 'norm', clip=0.05)
     assert norm(by_norm) == pytest.approx(0.05, rel=1e-3)
-    by_value = moved(tmp_path/'value', clip=1e-3, clip_mode='value')
+    by_value = moved(tmp_path / 'value', clip=1e-3, clip_mode='value')
     assert max(t.abs().max().item() for t in by_value.values()) == pytest.approx(1e-3, rel=1e-2)
-    adaptive, before = moved(tmp_path/'agc', clip=1e-3, clip_mode='agc'), first_weights()
+    adaptive, before = moved(tmp_path / 'agc', clip=1e-3, clip_mode='agc'), first_weights()
     assert torch.allclose(adaptive['head.weight'], free['head.weight'], atol=1e-7)
-    rows = lambda t: t.flatten(1).norm(dim=1)
+
+    def rows(t):
+        return t.flatten(1).norm(dim=1)
+
     name = 'blocks.0.mlp.fc1.weight'
-    assert (rows(adaptive[name]) <= 1.01e-3 * rows(before[name]).clamp(min=1e-3)).all() and rows(free[name]).max() > rows(adaptive[name]).max()
+    assert (rows(adaptive[name]) <= 1.01e-3 * rows(before[name]).clamp(min=1e-3)).all() and rows(
+        free[name]
+    ).max() > rows(adaptive[name]).max()
 
 
 @pytest.mark.parametrize('batch, parts', ((16, 4), (12, 8), (10, 4)))
@@ -143,8 +263,20 @@ def test_a_batch_in_parts_is_the_same_step(batch, parts):
     batches = list(zip(images.split(batch), labels.split(batch)))
     got = []
     for accumulate in (1, parts):
-        r = Recipe(**{k: v for k, v in BASE.items() if k in Recipe.__dataclass_fields__ and k not in ('batch', 'epochs')}, optimizer='sgd', epochs=1, batch=batch, accumulate=accumulate)
-        learn = fdsl_learner(create_model(r.model, 4, 32, seed=0, **TINY), r, InMemory(batches), classes=4)
+        r = Recipe(
+            **{
+                k: v
+                for k, v in BASE.items()
+                if k in Recipe.__dataclass_fields__ and k not in ('batch', 'epochs')
+            },
+            optimizer='sgd',
+            epochs=1,
+            batch=batch,
+            accumulate=accumulate,
+        )
+        learn = fdsl_learner(
+            create_model(r.model, 4, 32, seed=0, **TINY), r, InMemory(batches), classes=4
+        )
         learn.fit(1)
         got.append((learn.train_loss, learn.model.state_dict()))
     assert got[0][0] == pytest.approx(got[1][0], abs=1e-6) and distance(got[0][1], got[1][1]) < 1e-7
@@ -152,42 +284,68 @@ def test_a_batch_in_parts_is_the_same_step(batch, parts):
 
 class InMemory(list):
     "Batches, with what the learner asks of a loader."
+
     @property
-    def batch_sampler(self): return SimpleNamespace(steps=len(self), first=0, epoch=0)
+    def batch_sampler(self):
+        return SimpleNamespace(steps=len(self), first=0, epoch=0)
 
 
 @pytest.mark.parametrize('dynamic', (False, True))
 def test_averaged_weights_are_measured_and_saved(dynamic, tmp_path):
     class Trail(Watch):
         order, trail = 45, []
-        def after_batch(self): self.trail.append({k: p.detach().clone() for k, p in self.learn.model.named_parameters()})
+
+        def after_batch(self):
+            self.trail.append(
+                {k: p.detach().clone() for k, p in self.learn.model.named_parameters()}
+            )
+
     config, trail = values(tmp_path, **DIGITS | dict(ema=0.7, ema_dynamic=dynamic)), Trail()
-    with watching(trail): train(config)
+    with watching(trail):
+        train(config)
     start = make_model(config, 10)[0].state_dict()
     by_hand = {k: torch.zeros_like(v) if dynamic else start[k] for k, v in trail.trail[0].items()}
     for t, now in enumerate(trail.trail, 1):
-        d = min(0.7, (1 + t) / (10 + t)) if dynamic else 0.7 if t > 1 else 0.0      # timm: the first update copies
+        d = (
+            min(0.7, (1 + t) / (10 + t)) if dynamic else 0.7 if t > 1 else 0.0
+        )  # timm: the first update copies
         by_hand = {k: d * by_hand[k] + (1 - d) * now[k] for k in now}
     saved = weights(tmp_path, entry='state_dict_ema')
     assert distance(by_hand, saved) < 1e-6 and distance(by_hand, weights(tmp_path)) > 1e-5
     model = create_model(BASE['model'], 10, 32, **TINY)
-    assert load_weights(model, tmp_path/'last.pth.tar', ema=True).head == 'kept, 10 classes' and distance(model.state_dict(), saved) == 0
-    found = evaluate(model, eval_loader(open_dataset('digits', 'val'), eval_transform(read_recipe(config)), 256), 10)
+    assert (
+        load_weights(model, tmp_path / 'last.pth.tar', ema=True).head == 'kept, 10 classes'
+        and distance(model.state_dict(), saved) == 0
+    )
+    found = evaluate(
+        model,
+        eval_loader(open_dataset('digits', 'val'), eval_transform(read_recipe(config)), 256),
+        10,
+    )
     assert read_summary(RunFolder(tmp_path))[0]['eval_loss'] == pytest.approx(found.loss, rel=1e-6)
 
 
 def test_every_loss_trains(tmp_path):
     first = {}
-    for loss, more in dict(softmax={}, bce={}, jsd=dict(aug_splits=3, auto_augment='augmix-m3-w3', smoothing=0.1)).items():
-        _, watch, _ = trained(tmp_path/loss, **dict(knobs=DRAWN | dict(instances=4), epochs=40, loss=loss, lr=3e-3) | more)
+    for loss, more in dict(
+        softmax={}, bce={}, jsd=dict(aug_splits=3, auto_augment='augmix-m3-w3', smoothing=0.1)
+    ).items():
+        _, watch, _ = trained(
+            tmp_path / loss,
+            **dict(knobs=DRAWN | dict(instances=4), epochs=40, loss=loss, lr=3e-3) | more,
+        )
         first[loss] = watch.losses[0]
         assert np.mean(watch.losses[-8:]) < np.mean(watch.losses[:8]) - 0.01, loss
-    assert first['softmax'] == pytest.approx(math.log(4), abs=0.1) and first['bce'] == pytest.approx(math.log(2), abs=0.1)
+    assert first['softmax'] == pytest.approx(math.log(4), abs=0.1) and first[
+        'bce'
+    ] == pytest.approx(math.log(2), abs=0.1)
 
 
 # Mixing
 
-def shares(watch): return torch.stack(watch.labels)
+
+def shares(watch):
+    return torch.stack(watch.labels)
 
 
 @pytest.mark.parametrize('mode', ('batch', 'pair', 'elem', 'reversed'))
@@ -198,7 +356,8 @@ def test_the_mode_of_mixing(mode, tmp_path):
         mixed = labels[(labels > 0).sum(1) == 2]
         ratios = {round(float(row.max()), 4) for row in mixed}
         assert len(ratios) == 1 if mode == 'batch' else len(ratios) > 1
-        if mode == 'pair': assert torch.allclose(labels.max(1).values, labels.flip(0).max(1).values)
+        if mode == 'pair':
+            assert torch.allclose(labels.max(1).values, labels.flip(0).max(1).values)
 
 
 def test_mixing_ends_where_it_should(tmp_path):
@@ -209,6 +368,7 @@ def test_mixing_ends_where_it_should(tmp_path):
 
 # What is trained, and how it is computed
 
+
 def test_frozen_weights_stay(tmp_path):
     trained(tmp_path, freeze=('patch_embed.*', 'pos_embed'), weight_decay=0.5)
     before, after = first_weights(), weights(tmp_path)
@@ -216,77 +376,124 @@ def test_frozen_weights_stay(tmp_path):
     assert all(torch.equal(before[k], after[k]) == (k in frozen) for k in before)
 
 
-@pytest.mark.parametrize('options', (dict(channels_last=True), dict(compile='aot_eager')), ids=lambda o: next(iter(o)))
+@pytest.mark.parametrize(
+    'options', (dict(channels_last=True), dict(compile='aot_eager')), ids=lambda o: next(iter(o))
+)
 def test_the_same_numbers_computed_otherwise(options, tmp_path):
-    trained(tmp_path/'plain', optimizer='sgd', **DIGITS)
-    learn, _, result = trained(tmp_path/'other', optimizer='sgd', **DIGITS, **options)
-    assert weights(tmp_path/'plain').keys() == weights(tmp_path/'other').keys()
-    assert distance(weights(tmp_path/'plain'), weights(tmp_path/'other')) < 1e-6
+    trained(tmp_path / 'plain', optimizer='sgd', **DIGITS)
+    learn, _, result = trained(tmp_path / 'other', optimizer='sgd', **DIGITS, **options)
+    assert weights(tmp_path / 'plain').keys() == weights(tmp_path / 'other').keys()
+    assert distance(weights(tmp_path / 'plain'), weights(tmp_path / 'other')) < 1e-6
     assert result['images'] == 800 and hasattr(learn.model, '_orig_mod') == ('compile' in options)
 
 
 def test_lower_precision(tmp_path):
-    _, watch, _ = trained(tmp_path/'low', precision='bfloat16', epochs=10, lr=3e-3)
-    _, exact, _ = trained(tmp_path/'exact', epochs=10, lr=3e-3)
+    _, watch, _ = trained(tmp_path / 'low', precision='bfloat16', epochs=10, lr=3e-3)
+    _, exact, _ = trained(tmp_path / 'exact', epochs=10, lr=3e-3)
     gap = np.abs(np.subtract(watch.losses, exact.losses)).max()
-    assert 0 < gap < 0.1 and {t.dtype for t in weights(tmp_path/'low').values()} == {torch.float32}
-    with pytest.raises(ValueError, match='does not train on a CPU; choose bfloat16'): trained(tmp_path/'half', precision='float16')
+    assert 0 < gap < 0.1 and {t.dtype for t in weights(tmp_path / 'low').values()} == {
+        torch.float32
+    }
+    with pytest.raises(ValueError, match='does not train on a CPU; choose bfloat16'):
+        trained(tmp_path / 'half', precision='float16')
 
 
 SMALL = dict(
     resnet18=dict(channels=(8, 16, 16, 32)),
     swin_tiny_patch4_window7_224=dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1)),
     mixer_s16_224=dict(mlp_ratio=(0.5, 0.1)),
-    pvt_v2_b0=dict(depths=(1, 1, 1, 1), embed_dims=(8, 8, 16, 16), num_heads=(1, 1, 1, 1)))
+    pvt_v2_b0=dict(depths=(1, 1, 1, 1), embed_dims=(8, 8, 16, 16), num_heads=(1, 1, 1, 1)),
+)
 
 
 @pytest.mark.parametrize('name', SMALL)
 def test_every_published_architecture_trains_and_goes_on(name, tmp_path):
-    given = dict(model=name, model_options=SMALL[name], drop_path=0.1, clip=1.0, clip_mode='agc', export=True)
-    learn, watch, _ = trained(tmp_path/'whole', **given)
+    given = dict(
+        model=name, model_options=SMALL[name], drop_path=0.1, clip=1.0, clip_mode='agc', export=True
+    )
+    learn, watch, _ = trained(tmp_path / 'whole', **given)
     assert all(map(math.isfinite, watch.losses))
-    trained(tmp_path/'paused', pause=1, **given)
-    trained(tmp_path/'paused', pause=1, **given)
-    assert distance(weights(tmp_path/'paused'), weights(tmp_path/'whole')) == 0
-    exported = timm.create_model(f'local-dir:{tmp_path/"whole"/"model"}', pretrained=True).eval()
+    trained(tmp_path / 'paused', pause=1, **given)
+    trained(tmp_path / 'paused', pause=1, **given)
+    assert distance(weights(tmp_path / 'paused'), weights(tmp_path / 'whole')) == 0
+    exported = timm.create_model(
+        f'local-dir:{tmp_path / "whole" / "model"}', pretrained=True
+    ).eval()
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(exported(x), learn.model.eval()(x))
 
 
 # What is kept
 
+
 def test_the_best_of_the_history_stays(tmp_path):
     trained(tmp_path, epochs=7, history=2, hold=3, best_by='loss', lr=3e-2, optimizer='sgd')
     losses = [row['train_loss'] for row in read_summary(RunFolder(tmp_path))]
     best = sorted(range(7), key=losses.__getitem__)[:2]
-    assert {p.name for p in tmp_path.glob('*checkpoint-*')} == {f'checkpoint-{e}.pth.tar' for e in best} | {'held-checkpoint-2.pth.tar', 'held-checkpoint-5.pth.tar'}
-    assert read_checkpoint(tmp_path/'model_best.pth.tar')['epoch'] == best[0] == read_checkpoint(tmp_path/f'checkpoint-{best[0]}.pth.tar')['epoch']
-    assert read_checkpoint(tmp_path/'held-checkpoint-5.pth.tar')['epoch'] == 5
+    assert {p.name for p in tmp_path.glob('*checkpoint-*')} == {
+        f'checkpoint-{e}.pth.tar' for e in best
+    } | {'held-checkpoint-2.pth.tar', 'held-checkpoint-5.pth.tar'}
+    assert (
+        read_checkpoint(tmp_path / 'model_best.pth.tar')['epoch']
+        == best[0]
+        == read_checkpoint(tmp_path / f'checkpoint-{best[0]}.pth.tar')['epoch']
+    )
+    assert read_checkpoint(tmp_path / 'held-checkpoint-5.pth.tar')['epoch'] == 5
 
 
 def test_a_pause_changes_nothing(tmp_path):
-    given = dict(epochs=3, ema=0.9, mixup=0.5, drop_path=0.1, model_options=TINY | dict(depth=2), save_inputs=True, export=True, recovery=1)
-    run_training(resolved(values(tmp_path/'whole', **given)))
+    given = dict(
+        epochs=3,
+        ema=0.9,
+        mixup=0.5,
+        drop_path=0.1,
+        model_options=TINY | dict(depth=2),
+        save_inputs=True,
+        export=True,
+        recovery=1,
+    )
+    run_training(resolved(values(tmp_path / 'whole', **given)))
     for state in ('paused', 'paused', 'done'):
-        run_training(resolved(values(tmp_path/'paused', pause=1, **given)))
-        assert RunFolder(tmp_path/'paused').state == state
-    for entry in ('state_dict', 'state_dict_ema'): assert distance(weights(tmp_path/'paused', entry=entry), weights(tmp_path/'whole', entry=entry)) == 0
-    assert (tmp_path/'paused'/'summary.csv').read_text() == (tmp_path/'whole'/'summary.csv').read_text()
-    assert not list(tmp_path.glob('*/recovery-*')) and (tmp_path/'paused'/'inputs.png').stat().st_size > 1000
+        run_training(resolved(values(tmp_path / 'paused', pause=1, **given)))
+        assert RunFolder(tmp_path / 'paused').state == state
+    for entry in ('state_dict', 'state_dict_ema'):
+        assert (
+            distance(
+                weights(tmp_path / 'paused', entry=entry), weights(tmp_path / 'whole', entry=entry)
+            )
+            == 0
+        )
+    assert (tmp_path / 'paused' / 'summary.csv').read_text() == (
+        tmp_path / 'whole' / 'summary.csv'
+    ).read_text()
+    assert (
+        not list(tmp_path.glob('*/recovery-*'))
+        and (tmp_path / 'paused' / 'inputs.png').stat().st_size > 1000
+    )
 
 
 def test_the_best_or_the_last_is_exported(tmp_path):
     given = DIGITS | dict(epochs=3, lr=1e-2, export=True)
     for best_by in ('top1', 'top1_test', 'last'):
-        _, _, result = trained(tmp_path/best_by, best_by=best_by, **given)
-        rows = read_summary(RunFolder(tmp_path/best_by))
-        exported = timm.create_model(f'local-dir:{tmp_path/best_by/"model"}', pretrained=True)
-        test = eval_loader(open_dataset('digits', 'test'), eval_transform(Recipe(**{k: BASE[k] for k in ('image_size', 'scale', 'ratio')})), 256)
+        _, _, result = trained(tmp_path / best_by, best_by=best_by, **given)
+        rows = read_summary(RunFolder(tmp_path / best_by))
+        exported = timm.create_model(f'local-dir:{tmp_path / best_by / "model"}', pretrained=True)
+        test = eval_loader(
+            open_dataset('digits', 'test'),
+            eval_transform(Recipe(**{k: BASE[k] for k in ('image_size', 'scale', 'ratio')})),
+            256,
+        )
         assert evaluate(exported, test, 10).correct == result['correct']
-        if best_by == 'top1_test': assert result['top1'] == pytest.approx(max(row['eval_top1'] for row in rows))
-        if best_by == 'last': assert not (tmp_path/best_by/'model_best.pth.tar').exists()
-    val, test = (read_summary(RunFolder(tmp_path/b))[0]['eval_top1'] for b in ('top1', 'top1_test'))
-    assert val * 2 == round(val * 2) and test * 8 == pytest.approx(round(test * 8)) and val != test      # of 200 and of 800 images
+        if best_by == 'top1_test':
+            assert result['top1'] == pytest.approx(max(row['eval_top1'] for row in rows))
+        if best_by == 'last':
+            assert not (tmp_path / best_by / 'model_best.pth.tar').exists()
+    val, test = (
+        read_summary(RunFolder(tmp_path / b))[0]['eval_top1'] for b in ('top1', 'top1_test')
+    )
+    assert (
+        val * 2 == round(val * 2) and test * 8 == pytest.approx(round(test * 8)) and val != test
+    )  # of 200 and of 800 images
 
 
 def test_images_held_out_choose(tmp_path):
@@ -294,36 +501,60 @@ def test_images_held_out_choose(tmp_path):
     splits = open_splits(config)
     assert (len(splits['train']), len(splits['val'])) == (24, 8)
     _, _, result = trained(tmp_path, hold_out=0.25, batch=8, best_by='top1')
-    assert result['split'] == 'val' and result['images'] == 8 and 'eval_top1' in read_summary(RunFolder(tmp_path))[0]
+    assert (
+        result['split'] == 'val'
+        and result['images'] == 8
+        and 'eval_top1' in read_summary(RunFolder(tmp_path))[0]
+    )
 
 
 def test_a_zero_head(tmp_path):
-    trained(tmp_path/'first', knobs=BASE['knobs'] | dict(classes=3), batch=8)
-    given = dict(weights=str(tmp_path/'first'/'last.pth.tar'), head='zero')
-    _, watch, _ = trained(tmp_path/'second', **given)
+    trained(tmp_path / 'first', knobs=BASE['knobs'] | dict(classes=3), batch=8)
+    given = dict(weights=str(tmp_path / 'first' / 'last.pth.tar'), head='zero')
+    _, watch, _ = trained(tmp_path / 'second', **given)
     assert watch.losses[0] == pytest.approx(math.log(4), abs=1e-6)
     model, loaded = make_model(BASE | given, 4)
-    assert 'zeroed' in loaded.head and not model.head.weight.any() and distance({'p': model.pos_embed}, {'p': weights(tmp_path/'first')['pos_embed']}) == 0
+    assert (
+        'zeroed' in loaded.head
+        and not model.head.weight.any()
+        and distance({'p': model.pos_embed}, {'p': weights(tmp_path / 'first')['pos_embed']}) == 0
+    )
 
 
 # Over processes
+
 
 @pytest.mark.process
 def test_batch_norm_is_the_same_in_every_process(tmp_path):
     given = dict(model='resnet18', model_options=SMALL['resnet18'], ema=0.9, recovery=1, epochs=3)
     run_ranks(values(tmp_path, **given), 2, (Statistics, (tmp_path,)))
-    one, other = (torch.load(tmp_path/f'statistics-{rank}.pt', weights_only=True) for rank in range(2))
-    assert len(one) == 6 and one[0].keys() == other[0].keys() and any('running_var' in k for k in one[0])
-    for here, there in zip(one, other): assert distance(here, there) == 0
+    one, other = (
+        torch.load(tmp_path / f'statistics-{rank}.pt', weights_only=True) for rank in range(2)
+    )
+    assert (
+        len(one) == 6
+        and one[0].keys() == other[0].keys()
+        and any('running_var' in k for k in one[0])
+    )
+    for here, there in zip(one, other):
+        assert distance(here, there) == 0
 
 
 class Statistics(Watch):
     "Keeps what each process has before it measures: the network's tensors and their average's."
+
     order = 45
-    def __init__(self, folder): self.folder, self.kept = folder, []
-    def before_batch(self): pass
-    def after_batch(self): pass
+
+    def __init__(self, folder):
+        self.folder, self.kept = folder, []
+
+    def before_batch(self):
+        pass
+
+    def after_batch(self):
+        pass
+
     def after_epoch(self):
         model, average = self.learn.model.module, self.learn.average.module
         self.kept += [{k: v.clone() for k, v in m.state_dict().items()} for m in (model, average)]
-        torch.save(self.kept, self.folder/f'statistics-{os.environ["RANK"]}.pt')
+        torch.save(self.kept, self.folder / f'statistics-{os.environ["RANK"]}.pt')

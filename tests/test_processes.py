@@ -1,4 +1,5 @@
 """One, two and four processes train alike: the same losses, every image once and with the same augmentation, exact counts; and they end together."""
+
 import json
 import os
 import signal
@@ -8,40 +9,89 @@ from collections import Counter
 
 import psutil
 import pytest
-from training_helpers import BASE, Seen, Slow, Watch, command, printed, run_ranks, start_ranks, values, wait_ranks
+from training_helpers import (
+    BASE,
+    Seen,
+    Slow,
+    Watch,
+    command,
+    printed,
+    run_ranks,
+    start_ranks,
+    values,
+    wait_ranks,
+)
 
 from fdsl_nb.core.folder import RunFolder
 
 pytestmark = pytest.mark.process
 
-ON = dict(auto_augment='rand-m9-mstd0.5-inc1', erasing=0.5, hflip=0.5, scale=(0.3, 1.0), ratio=(3/4, 4/3), mixup=0.8, cutmix=1.0, smoothing=0.1, drop_path=0.1, ema=0.9, repeats=3, recovery=2)
+ON = dict(
+    auto_augment='rand-m9-mstd0.5-inc1',
+    erasing=0.5,
+    hflip=0.5,
+    scale=(0.3, 1.0),
+    ratio=(3 / 4, 4 / 3),
+    mixup=0.8,
+    cutmix=1.0,
+    smoothing=0.1,
+    drop_path=0.1,
+    ema=0.9,
+    repeats=3,
+    recovery=2,
+)
 
 
 def losses(folder):
-    return [json.loads(line)['loss'] for line in (folder/'losses.jsonl').read_text().splitlines()]
+    return [json.loads(line)['loss'] for line in (folder / 'losses.jsonl').read_text().splitlines()]
 
 
 def test_the_same_losses_on_any_number_of_processes(tmp_path):
     found = {}
     for processes in (1, 2, 4):
-        folder = tmp_path/str(processes)
-        given = dict(optimizer='sgd', lr=0.05, epochs=10, auto_augment='rand-m9-mstd0.5-inc1', erasing=0.5, scale=(0.3, 1.0), warmup_epochs=2, clip=1.0, accumulate=2)
-        run_ranks(values(folder, **given), processes, (Watch, (folder/'losses.jsonl',)))
+        folder = tmp_path / str(processes)
+        given = dict(
+            optimizer='sgd',
+            lr=0.05,
+            epochs=10,
+            auto_augment='rand-m9-mstd0.5-inc1',
+            erasing=0.5,
+            scale=(0.3, 1.0),
+            warmup_epochs=2,
+            clip=1.0,
+            accumulate=2,
+        )
+        run_ranks(values(folder, **given), processes, (Watch, (folder / 'losses.jsonl',)))
         found[processes] = losses(folder)
     assert len(found[1]) == 20 and max(found[1]) - min(found[1]) > 1e-2, 'nothing was trained'
-    for processes in (2, 4): assert max(abs(a - b) for a, b in zip(found[1], found[processes], strict=True)) < 1e-5
+    for processes in (2, 4):
+        assert max(abs(a - b) for a, b in zip(found[1], found[processes], strict=True)) < 1e-5
 
 
 def test_every_image_once_and_augmented_alike(tmp_path):
     found = {}
     for processes, workers in ((1, 0), (1, 2), (2, 0), (2, 2)):
-        folder = tmp_path/f'{processes}-{workers}'
-        knobs = BASE['knobs'] | dict(classes=32, instances=1)       # a class an image, so that its label is its number
-        run_ranks(values(folder, **ON | dict(knobs=knobs, workers=workers, repeats=1)), processes, (Seen, (folder,)))
-        rows = [tuple(json.loads(line)) for file in folder.glob('seen-*.jsonl') for line in file.read_text().splitlines()]
-        assert Counter((epoch, image) for epoch, image, _ in rows) == {(e, i): 1 for e in range(2) for i in range(32)}
+        folder = tmp_path / f'{processes}-{workers}'
+        knobs = BASE['knobs'] | dict(
+            classes=32, instances=1
+        )  # a class an image, so that its label is its number
+        run_ranks(
+            values(folder, **ON | dict(knobs=knobs, workers=workers, repeats=1)),
+            processes,
+            (Seen, (folder,)),
+        )
+        rows = [
+            tuple(json.loads(line))
+            for file in folder.glob('seen-*.jsonl')
+            for line in file.read_text().splitlines()
+        ]
+        assert Counter((epoch, image) for epoch, image, _ in rows) == {
+            (e, i): 1 for e in range(2) for i in range(32)
+        }
         found[processes, workers] = set(rows)
-    assert len({seen for _, _, seen in found[1, 0]}) > 50, 'epochs and images look alike'     # a few crops are empty
+    assert len({seen for _, _, seen in found[1, 0]}) > 50, (
+        'epochs and images look alike'
+    )  # a few crops are empty
     assert all(rows == found[1, 0] for rows in found.values())
 
 
@@ -49,20 +99,38 @@ def test_counts_are_exact_where_images_do_not_divide(tmp_path):
     "797 images train, 200 choose, 800 measure; on three processes none of these divides."
     results = {}
     for processes in (1, 3):
-        folder = tmp_path/str(processes)
-        run_ranks(values(folder, **dict(dataset='digits', knobs={}, batch=60, epochs=2, optimizer='sgd', lr=0.05, best_by='top1', clip=1.0)), processes)
-        results[processes] = json.loads((folder/'result.json').read_text())
+        folder = tmp_path / str(processes)
+        run_ranks(
+            values(
+                folder,
+                **dict(
+                    dataset='digits',
+                    knobs={},
+                    batch=60,
+                    epochs=2,
+                    optimizer='sgd',
+                    lr=0.05,
+                    best_by='top1',
+                    clip=1.0,
+                ),
+            ),
+            processes,
+        )
+        results[processes] = json.loads((folder / 'result.json').read_text())
     one, three = results[1], results[3]
     assert three['images'] == one['images'] == 800 == sum(map(sum, three['confusion']))
     assert [sum(row) for row in three['confusion']] == [sum(row) for row in one['confusion']]
-    assert three['confusion'] == one['confusion'] and three['loss'] == pytest.approx(one['loss'], abs=1e-5)
+    assert three['confusion'] == one['confusion'] and three['loss'] == pytest.approx(
+        one['loss'], abs=1e-5
+    )
 
 
 def after_some_steps(file, steps=3, seconds=90):
     "Waits until the run has made some steps."
     until = time.time() + seconds
     while time.time() < until:
-        if file.exists() and len(file.read_text().splitlines()) >= steps: return
+        if file.exists() and len(file.read_text().splitlines()) >= steps:
+            return
         time.sleep(0.05)
     pytest.fail(f'no {steps} steps in {seconds} s')
 
@@ -87,7 +155,11 @@ LONG = dict(epochs=200, workers=1)
 def test_a_rank_that_fails_ends_all_and_says_why(tmp_path):
     ranks = start_ranks(values(tmp_path, dataset='training_helpers:Stumbling'), 2)
     codes, now = wait_ranks(ranks), time.time()
-    stumbled = next(float(line.split()[-1]) for line in printed(tmp_path).splitlines() if line.startswith('stumbled'))
+    stumbled = next(
+        float(line.split()[-1])
+        for line in printed(tmp_path).splitlines()
+        if line.startswith('stumbled')
+    )
     assert all(codes) and now - stumbled < 10
     assert 'ArithmeticError: no picture of class 1, instance 1' in reason(tmp_path)
 
@@ -95,13 +167,17 @@ def test_a_rank_that_fails_ends_all_and_says_why(tmp_path):
 @pytest.mark.parametrize('which', (0, 1))
 def test_a_rank_that_is_killed_ends_all(which, tmp_path):
     "As under a cluster's launcher; what is left of the run says that a partner was lost."
-    ranks = start_ranks(values(tmp_path, **LONG), 2, (Slow, (tmp_path/'steps',)))
-    after_some_steps(tmp_path/'steps')
+    ranks = start_ranks(values(tmp_path, **LONG), 2, (Slow, (tmp_path / 'steps',)))
+    after_some_steps(tmp_path / 'steps')
     family = [c for p in ranks for c in psutil.Process(p.pid).children(recursive=True)]
     os.kill(ranks[which].pid, signal.SIGKILL)
     killed = time.time()
     codes = wait_ranks(ranks, 20)
-    assert time.time() - killed < 10 and codes[which] == -signal.SIGKILL and codes[1 - which] not in (0, None)
+    assert (
+        time.time() - killed < 10
+        and codes[which] == -signal.SIGKILL
+        and codes[1 - which] not in (0, None)
+    )
     assert alive(family, 15) == [], 'a worker process was left behind'
     assert f'process {1 - which} of 2: ' in reason(tmp_path) and 'onnection' in reason(tmp_path)
 
@@ -109,15 +185,25 @@ def test_a_rank_that_is_killed_ends_all(which, tmp_path):
 @pytest.mark.parametrize('victim', ('rank', pytest.param('worker', marks=pytest.mark.slow)))
 def test_a_killed_process_of_our_own_launching_ends_the_run(victim, tmp_path):
     "Here the notebook's process starts the ranks, so that it can say which way they went; a worker that loads images is one of them too."
-    words, environment = command(values(tmp_path, processes=2, **LONG), ('Slow', [str(tmp_path/'steps')]))
-    with open(tmp_path/'printed', 'w') as out: child = subprocess.Popen(words, env=environment, stdout=out, stderr=out)
-    after_some_steps(tmp_path/'steps')
+    words, environment = command(
+        values(tmp_path, processes=2, **LONG), ('Slow', [str(tmp_path / 'steps')])
+    )
+    with open(tmp_path / 'printed', 'w') as out:
+        child = subprocess.Popen(words, env=environment, stdout=out, stderr=out)
+    after_some_steps(tmp_path / 'steps')
     family = psutil.Process(child.pid).children(recursive=True)
-    ranks = [p for p in family if 'fdsl_nb.training.worker' in p.cmdline() and p.ppid() != child.pid and p.children()]
+    ranks = [
+        p
+        for p in family
+        if 'fdsl_nb.training.worker' in p.cmdline() and p.ppid() != child.pid and p.children()
+    ]
     loads = [p for r in ranks for p in r.children()]
     os.kill((ranks if victim == 'rank' else loads)[-1].pid, signal.SIGKILL)
     killed = time.time()
-    while RunFolder(tmp_path).status['state'] == 'running' and time.time() < killed + 30: time.sleep(0.05)
+    while RunFolder(tmp_path).status['state'] == 'running' and time.time() < killed + 30:
+        time.sleep(0.05)
     assert alive(family, 1) == [] and time.time() - killed < 10
-    assert ('died without saying why (killed' if victim == 'rank' else 'DataLoader worker') in reason(tmp_path)
+    assert (
+        'died without saying why (killed' if victim == 'rank' else 'DataLoader worker'
+    ) in reason(tmp_path)
     assert child.wait(30) == 1

@@ -1,4 +1,5 @@
 """Killed at any step and started again, a run ends as if nothing had happened: every weight, every average and `summary.csv` to the last bit."""
+
 import random
 import shutil
 import signal
@@ -6,7 +7,16 @@ import subprocess
 
 import pytest
 import torch
-from training_helpers import BASE, PowerCut, command, printed, run_ranks, start_ranks, values, wait_ranks
+from training_helpers import (
+    BASE,
+    PowerCut,
+    command,
+    printed,
+    run_ranks,
+    start_ranks,
+    values,
+    wait_ranks,
+)
 
 from fdsl_nb.build.build import build
 from fdsl_nb.models.checkpoints import read_checkpoint
@@ -14,9 +24,32 @@ from fdsl_nb.formulas.contours import VisualAtom
 from fdsl_nb.core.folder import RunFolder, read_summary
 
 # Everything that has chance or memory in it: AdamW, averages, mixing, drop path, repeated images, images held out, worker processes, recovery every few steps.
-ALL_ON = dict(auto_augment='rand-m9-mstd0.5-inc1', erasing=0.5, hflip=0.5, scale=(0.3, 1.0), ratio=(3/4, 4/3), mixup=0.8, cutmix=1.0, smoothing=0.1, drop_path=0.1, clip=1.0, ema=0.9,
-    repeats=3, hold_out=0.25, best_by='top1', warmup_epochs=1, workers=2, epochs=3, batch=8, history=2, recovery=2, model_options=BASE['model_options'] | dict(depth=2))
-IMAGES = VisualAtom(classes=4, instances=16, size=96, start_range=10, lines_max=20)      # 48 of 64 train: 6 steps an epoch, 18 in all
+ALL_ON = dict(
+    auto_augment='rand-m9-mstd0.5-inc1',
+    erasing=0.5,
+    hflip=0.5,
+    scale=(0.3, 1.0),
+    ratio=(3 / 4, 4 / 3),
+    mixup=0.8,
+    cutmix=1.0,
+    smoothing=0.1,
+    drop_path=0.1,
+    clip=1.0,
+    ema=0.9,
+    repeats=3,
+    hold_out=0.25,
+    best_by='top1',
+    warmup_epochs=1,
+    workers=2,
+    epochs=3,
+    batch=8,
+    history=2,
+    recovery=2,
+    model_options=BASE['model_options'] | dict(depth=2),
+)
+IMAGES = VisualAtom(
+    classes=4, instances=16, size=96, start_range=10, lines_max=20
+)  # 48 of 64 train: 6 steps an epoch, 18 in all
 STEPS = 18
 MOMENTS = ('before_batch', 'after_backward', 'after_batch', 'before_validate')
 
@@ -28,9 +61,15 @@ def sources(tmp_path_factory):
     "The same images drawn online, in a folder and in shards: dataset and knobs of each."
     root = tmp_path_factory.mktemp('sources')
     for layout, more in dict(plain={}, shards=dict(shard_images=20)).items():
-        build(IMAGES, root/layout, workers=0, progress=lambda *_: None, layout=layout, **more)
-    drawn = {k: getattr(IMAGES, k) for k in ('classes', 'instances', 'size', 'start_range', 'lines_max')}
-    return dict(online=dict(dataset='visualatom', knobs=drawn), folder=dict(dataset=str(root/'plain'), knobs={}), shards=dict(dataset=str(root/'shards'), knobs={}))
+        build(IMAGES, root / layout, workers=0, progress=lambda *_: None, layout=layout, **more)
+    drawn = {
+        k: getattr(IMAGES, k) for k in ('classes', 'instances', 'size', 'start_range', 'lines_max')
+    }
+    return dict(
+        online=dict(dataset='visualatom', knobs=drawn),
+        folder=dict(dataset=str(root / 'plain'), knobs={}),
+        shards=dict(dataset=str(root / 'shards'), knobs={}),
+    )
 
 
 def moments(seed, kills):
@@ -44,34 +83,43 @@ def moments(seed, kills):
 
 
 def assert_same_end(killed, whole):
-    one, other = (read_checkpoint(f/'last.pth.tar') for f in (killed, whole))
+    one, other = (read_checkpoint(f / 'last.pth.tar') for f in (killed, whole))
     for entry in ('state_dict', 'state_dict_ema'):
         assert one[entry].keys() == other[entry].keys()
         assert [k for k in one[entry] if not torch.equal(one[entry][k], other[entry][k])] == []
-    for a, b in zip(one['optimizer']['state'].values(), other['optimizer']['state'].values(), strict=True):
+    for a, b in zip(
+        one['optimizer']['state'].values(), other['optimizer']['state'].values(), strict=True
+    ):
         assert all(torch.equal(a[k], b[k]) for k in a)
-    assert (killed/'summary.csv').read_bytes() == (whole/'summary.csv').read_bytes()
+    assert (killed / 'summary.csv').read_bytes() == (whole / 'summary.csv').read_bytes()
     assert [row['epoch'] for row in read_summary(RunFolder(whole))] == [0, 1, 2]
-    names = lambda f: sorted(p.name for p in f.glob('*.tar'))
+
+    def names(f):
+        return sorted(p.name for p in f.glob('*.tar'))
+
     assert names(killed) == names(whole)
-    assert (killed/'result.json').exists() and RunFolder(killed).state == 'done'
+    assert (killed / 'result.json').exists() and RunFolder(killed).state == 'done'
 
 
 def run_cut(folder, given, processes, cuts):
     "Ranks killed at each of `cuts`, then let go on to the end."
     for step, when in cuts:
-        codes = wait_ranks(start_ranks(values(folder, **given), processes, (PowerCut, (step, when))))
-        assert codes == [-signal.SIGKILL] * processes, f'no kill at step {step}, {when}:\n{printed(folder)}'
+        codes = wait_ranks(
+            start_ranks(values(folder, **given), processes, (PowerCut, (step, when)))
+        )
+        assert codes == [-signal.SIGKILL] * processes, (
+            f'no kill at step {step}, {when}:\n{printed(folder)}'
+        )
         assert RunFolder(folder).state == 'interrupted'
     run_ranks(values(folder, **given), processes)
 
 
 def test_two_kills_of_two_processes_change_nothing(sources, tmp_path):
     given = ALL_ON | sources['online']
-    run_ranks(values(tmp_path/'whole', **given), 2)
-    run_cut(tmp_path/'killed', given, 2, moments(0, 2))
-    assert_same_end(tmp_path/'killed', tmp_path/'whole')
-    assert 'continuing after epoch' in printed(tmp_path/'killed')
+    run_ranks(values(tmp_path / 'whole', **given), 2)
+    run_cut(tmp_path / 'killed', given, 2, moments(0, 2))
+    assert_same_end(tmp_path / 'killed', tmp_path / 'whole')
+    assert 'continuing after epoch' in printed(tmp_path / 'killed')
 
 
 @pytest.mark.slow
@@ -79,9 +127,9 @@ def test_two_kills_of_two_processes_change_nothing(sources, tmp_path):
 @pytest.mark.parametrize('source', ('online', 'folder', 'shards'))
 def test_five_kills_change_nothing(source, processes, sources, tmp_path):
     given = ALL_ON | sources[source]
-    run_ranks(values(tmp_path/'whole', **given), processes)
-    run_cut(tmp_path/'killed', given, processes, moments(100 * processes + len(source), 5))
-    assert_same_end(tmp_path/'killed', tmp_path/'whole')
+    run_ranks(values(tmp_path / 'whole', **given), processes)
+    run_cut(tmp_path / 'killed', given, processes, moments(100 * processes + len(source), 5))
+    assert_same_end(tmp_path / 'killed', tmp_path / 'whole')
 
 
 @pytest.mark.slow
@@ -89,43 +137,72 @@ def test_five_kills_change_nothing(source, processes, sources, tmp_path):
 def test_kills_of_a_program_and_its_own_processes_change_nothing(processes, sources, tmp_path):
     "A whole Python program, which launches its ranks itself; all its descendants are killed with it."
     given = ALL_ON | sources['folder'] | dict(processes=processes)
+
     def run(folder, *callbacks):
         words, environment = command(values(folder, **given), *callbacks)
-        return subprocess.run(words, check=False, env=environment, capture_output=True, text=True, timeout=300)
-    assert run(tmp_path/'whole').returncode == 0
+        return subprocess.run(
+            words, check=False, env=environment, capture_output=True, text=True, timeout=300
+        )
+
+    assert run(tmp_path / 'whole').returncode == 0
     for step, when in moments(7 + processes, 3):
-        assert run(tmp_path/'killed', ('PowerCut', [step, when])).returncode == -signal.SIGKILL
-    assert run(tmp_path/'killed').returncode == 0
-    assert_same_end(tmp_path/'killed', tmp_path/'whole')
+        assert run(tmp_path / 'killed', ('PowerCut', [step, when])).returncode == -signal.SIGKILL
+    assert run(tmp_path / 'killed').returncode == 0
+    assert_same_end(tmp_path / 'killed', tmp_path / 'whole')
 
 
 @pytest.mark.slow
 def test_another_number_of_processes_and_workers_may_go_on(sources, tmp_path):
     "Only chance that belongs to a process (mixing, drop path) differs then: without it, losses agree."
-    given = ALL_ON | sources['online'] | dict(mixup=0.0, cutmix=0.0, drop_path=0.0, optimizer='sgd', lr=0.05)
-    run_ranks(values(tmp_path/'whole', **given), 1)
-    for processes, workers, cut in ((1, 2, (4, 'after_batch')), (2, 0, (9, 'after_backward')), (1, 0, (15, 'before_batch'))):
-        wait_ranks(start_ranks(values(tmp_path/'killed', **given | dict(workers=workers)), processes, (PowerCut, cut)))
-    run_ranks(values(tmp_path/'killed', **given), 2)
-    for one, other in zip(*(read_summary(RunFolder(tmp_path/f)) for f in ('whole', 'killed')), strict=True):
+    given = (
+        ALL_ON
+        | sources['online']
+        | dict(mixup=0.0, cutmix=0.0, drop_path=0.0, optimizer='sgd', lr=0.05)
+    )
+    run_ranks(values(tmp_path / 'whole', **given), 1)
+    for processes, workers, cut in (
+        (1, 2, (4, 'after_batch')),
+        (2, 0, (9, 'after_backward')),
+        (1, 0, (15, 'before_batch')),
+    ):
+        wait_ranks(
+            start_ranks(
+                values(tmp_path / 'killed', **given | dict(workers=workers)),
+                processes,
+                (PowerCut, cut),
+            )
+        )
+    run_ranks(values(tmp_path / 'killed', **given), 2)
+    for one, other in zip(
+        *(read_summary(RunFolder(tmp_path / f)) for f in ('whole', 'killed')), strict=True
+    ):
         assert one == pytest.approx(other, abs=1e-5)
 
 
 @pytest.mark.slow
 def test_the_statistics_of_batch_norm_go_on(sources, tmp_path):
-    given = ALL_ON | sources['online'] | dict(model='resnet18', model_options=dict(channels=(8, 16, 16, 32)), drop_path=0.0)
-    run_ranks(values(tmp_path/'whole', **given), 2)
-    run_cut(tmp_path/'killed', given, 2, moments(3, 3))
-    assert_same_end(tmp_path/'killed', tmp_path/'whole')
+    given = (
+        ALL_ON
+        | sources['online']
+        | dict(model='resnet18', model_options=dict(channels=(8, 16, 16, 32)), drop_path=0.0)
+    )
+    run_ranks(values(tmp_path / 'whole', **given), 2)
+    run_cut(tmp_path / 'killed', given, 2, moments(3, 3))
+    assert_same_end(tmp_path / 'killed', tmp_path / 'whole')
 
 
 def test_files_that_a_kill_left_half_written_are_passed_over(sources, tmp_path):
     "What a kill in the middle of writing leaves: a neighbour with a dot, which is neither read nor kept."
     given = ALL_ON | sources['online'] | dict(workers=0)
-    run_ranks(values(tmp_path/'whole', **given), 1)
-    wait_ranks(start_ranks(values(tmp_path/'killed', **given), 1, (PowerCut, (9, 'after_batch'))))
-    for name in ('.last.pth.tar.abcd1234', '.summary.csv.abcd1234', '.recovery-1-2.pth.tar.abcd1234'): (tmp_path/'killed'/name).write_bytes(b'PK\x03\x04 cut')
-    run_ranks(values(tmp_path/'killed', **given), 1)
-    assert_same_end(tmp_path/'killed', tmp_path/'whole')
-    assert not (tmp_path/'killed'/'.last.pth.tar.abcd1234').exists()
-    shutil.rmtree(tmp_path/'killed')
+    run_ranks(values(tmp_path / 'whole', **given), 1)
+    wait_ranks(start_ranks(values(tmp_path / 'killed', **given), 1, (PowerCut, (9, 'after_batch'))))
+    for name in (
+        '.last.pth.tar.abcd1234',
+        '.summary.csv.abcd1234',
+        '.recovery-1-2.pth.tar.abcd1234',
+    ):
+        (tmp_path / 'killed' / name).write_bytes(b'PK\x03\x04 cut')
+    run_ranks(values(tmp_path / 'killed', **given), 1)
+    assert_same_end(tmp_path / 'killed', tmp_path / 'whole')
+    assert not (tmp_path / 'killed' / '.last.pth.tar.abcd1234').exists()
+    shutil.rmtree(tmp_path / 'killed')

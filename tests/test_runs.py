@@ -1,4 +1,5 @@
 """The run notebooks as users start them: papermill and `fdsl` in real processes, with slips, kills and restarts."""
+
 import json
 import os
 import re
@@ -21,18 +22,40 @@ from fdsl_nb.training.recipes import FINETUNE, PRETRAIN
 from fdsl_nb.app.parameters import check_parameters, read_parameters, run_notebooks
 from fdsl_nb.app.runs import configuration, given_values
 
-SMALL = dict(dataset='rcdb', seed=3, classes=4, instances=160, epoch_images=1280, batch=32, epochs=3, warmup_epochs=0, mixup=0.5, drop_path=0.1, erasing=0.25)   # seconds; every kind of chance on
+SMALL = dict(
+    dataset='rcdb',
+    seed=3,
+    classes=4,
+    instances=160,
+    epoch_images=1280,
+    batch=32,
+    epochs=3,
+    warmup_epochs=0,
+    mixup=0.5,
+    drop_path=0.1,
+    erasing=0.25,
+)  # seconds; every kind of chance on
 
 
 @pytest.mark.process
 def test_what_is_given_counts_also_where_it_equals_the_default(tmp_path):
     small = dict(classes=2, instances=8, batch=8, epochs=1, warmup_epochs=0)
-    done = papermill('pretrain', tmp_path/'run', recipe='visualatom1k_vit_tiny', dataset='rcdb', seed=0, **small)
+    done = papermill(
+        'pretrain',
+        tmp_path / 'run',
+        recipe='visualatom1k_vit_tiny',
+        dataset='rcdb',
+        seed=0,
+        **small,
+    )
     assert done.returncode == 0, done.stderr
-    config = json.loads((tmp_path/'run'/'config.json').read_text())
-    assert config['dataset'] == dict(value='rcdb', source='parameter') and config['name']['value'] == 'visualatom1k_vit_tiny'
+    config = json.loads((tmp_path / 'run' / 'config.json').read_text())
+    assert (
+        config['dataset'] == dict(value='rcdb', source='parameter')
+        and config['name']['value'] == 'visualatom1k_vit_tiny'
+    )
     assert config['seed'] == dict(value=0, source='parameter')
-    assert config['knobs']['value'].get('start_range') == 100      # RCDB's demo
+    assert config['knobs']['value'].get('start_range') == 100  # RCDB's demo
 
 
 def assert_same_weights(one, other):
@@ -50,32 +73,53 @@ def pretrained(tmp_path_factory):
 
 
 def test_every_run_notebook_is_known():
-    assert set(run_notebooks()) == {'pretrain', 'finetune', 'evaluate', 'explore', 'build', 'browse', 'reproduce'}
+    assert set(run_notebooks()) == {
+        'pretrain',
+        'finetune',
+        'evaluate',
+        'explore',
+        'build',
+        'browse',
+        'reproduce',
+    }
 
 
 @pytest.mark.parametrize('notebook', run_notebooks())
 def test_every_default_fits_and_has_its_help(notebook):
     declared = read_parameters(notebook)
-    assert check_parameters(notebook, {p.name: p.default for p in declared.values()}) == {p.name: p.default for p in declared.values()}
+    assert check_parameters(notebook, {p.name: p.default for p in declared.values()}) == {
+        p.name: p.default for p in declared.values()
+    }
     assert [p.name for p in declared.values() if not p.help] == []
 
 
 @pytest.mark.parametrize('notebook', ('pretrain', 'finetune', 'evaluate'))
 def test_a_form_that_nobody_filled_in_asks_for_nothing(notebook):
     form = {p.name: p.default for p in read_parameters(notebook).values()}
-    assert set(given_values(notebook, form)) <= {'scratch', 'seeds'}      # what is done with the configuration, not in it
-    if notebook == 'evaluate': return
-    assert 'parameter' not in {r.source for r in configuration(notebook, given_values(notebook, form), RunFolder('.')).values()}
+    assert set(given_values(notebook, form)) <= {
+        'scratch',
+        'seeds',
+    }  # what is done with the configuration, not in it
+    if notebook == 'evaluate':
+        return
+    assert 'parameter' not in {
+        r.source
+        for r in configuration(notebook, given_values(notebook, form), RunFolder('.')).values()
+    }
 
 
 @pytest.mark.process
 def test_what_was_edited_in_a_notebook_and_saved_is_asked_for(tmp_path, monkeypatch):
-    (tmp_path/'nbs').mkdir()
-    text = (NBS/'pretrain.ipynb').read_text('utf-8')
-    for then, now in (('"epochs: int = None', '"epochs: int = 3'), ("dataset: str = 'rcdb'", "dataset: str = 'visualatom'"), ('seed: int = 0', 'seed: int = 5')):
+    (tmp_path / 'nbs').mkdir()
+    text = (NBS / 'pretrain.ipynb').read_text('utf-8')
+    for then, now in (
+        ('"epochs: int = None', '"epochs: int = 3'),
+        ("dataset: str = 'rcdb'", "dataset: str = 'visualatom'"),
+        ('seed: int = 0', 'seed: int = 5'),
+    ):
         assert text.count(then) == 1
         text = text.replace(then, now)
-    (tmp_path/'nbs'/'pretrain.ipynb').write_text(text, 'utf-8')
+    (tmp_path / 'nbs' / 'pretrain.ipynb').write_text(text, 'utf-8')
     monkeypatch.chdir(tmp_path)
     form = {p.name: p.default for p in read_parameters('pretrain').values()}
     assert given_values('pretrain', form) == dict(dataset='visualatom', seed=5, epochs=3)
@@ -84,17 +128,36 @@ def test_what_was_edited_in_a_notebook_and_saved_is_asked_for(tmp_path, monkeypa
 def test_words_for_yes_and_no_and_lists_with_commas_are_read():
     form = dict(scratch='false', In=["# Parameters\nscratch = 'false'\n"])
     assert given_values('finetune', form) == dict(scratch=False) and form['scratch'] is False
-    for given, meant in ((dict(restart='True'), dict(restart=True)), (dict(restart=False), dict(restart=False)), (dict(wandb_mode='true'), dict(wandb_mode='true'))):
+    for given, meant in (
+        (dict(restart='True'), dict(restart=True)),
+        (dict(restart=False), dict(restart=False)),
+        (dict(wandb_mode='true'), dict(wandb_mode='true')),
+    ):
         assert check_parameters('pretrain', given) == meant
-    assert check_parameters('reproduce', dict(recipe='a, b,c')) == check_parameters('reproduce', dict(recipe=['a', 'b', 'c'])) == dict(recipe=['a', 'b', 'c'])
-    for name, slip in (('pretrain', dict(restart='yes')), ('pretrain', dict(restart=1)), ('reproduce', dict(recipe=[1])), ('pretrain', dict(seed=None))):
-        with pytest.raises(TypeError, match='should be of type'): check_parameters(name, slip)
+    assert (
+        check_parameters('reproduce', dict(recipe='a, b,c'))
+        == check_parameters('reproduce', dict(recipe=['a', 'b', 'c']))
+        == dict(recipe=['a', 'b', 'c'])
+    )
+    for name, slip in (
+        ('pretrain', dict(restart='yes')),
+        ('pretrain', dict(restart=1)),
+        ('reproduce', dict(recipe=[1])),
+        ('pretrain', dict(seed=None)),
+    ):
+        with pytest.raises(TypeError, match='should be of type'):
+            check_parameters(name, slip)
 
 
 @pytest.mark.process
 @pytest.mark.parametrize('notebook', run_notebooks())
 def test_papermill_prints_every_parameter_with_its_help(notebook):
-    shown = subprocess.run([sys.executable, '-m', 'papermill', '--help-notebook', str(NBS/f'{notebook}.ipynb')], check=False, capture_output=True, text=True).stdout
+    shown = subprocess.run(
+        [sys.executable, '-m', 'papermill', '--help-notebook', str(NBS / f'{notebook}.ipynb')],
+        check=False,
+        capture_output=True,
+        text=True,
+    ).stdout
     flat = ' '.join(shown.split())
     for p in read_parameters(notebook).values():
         assert f'{p.name}: {p.type.__name__}' in flat and ' '.join(p.help.split()) in flat, p.name
@@ -103,38 +166,65 @@ def test_papermill_prints_every_parameter_with_its_help(notebook):
 @pytest.mark.process
 def test_pretraining_leaves_everything(pretrained):
     files = {p.name for p in pretrained.iterdir()}
-    assert files >= {'pretrain.ipynb', 'config.json', 'environment.txt', 'status.json', 'summary.csv', 'log.jsonl', 'last.pth.tar', 'samples.png', 'curves.png', 'result.json'}
+    assert files >= {
+        'pretrain.ipynb',
+        'config.json',
+        'environment.txt',
+        'status.json',
+        'summary.csv',
+        'log.jsonl',
+        'last.pth.tar',
+        'samples.png',
+        'curves.png',
+        'result.json',
+    }
     assert RunFolder(pretrained).state == 'done'
     assert not [f for f in files if f.startswith('.')], 'a half-written file was left'
 
 
 @pytest.mark.process
 def test_parameters_other_than_the_defaults_take_effect(pretrained):
-    config = json.loads((pretrained/'config.json').read_text())
-    assert config['epochs'] == dict(value=3, source='parameter') and config['seed'] == dict(value=3, source='parameter')
-    assert config['knobs']['value'] == dict(classes=4, instances=160, size=256, start_range=100, seed=3)
+    config = json.loads((pretrained / 'config.json').read_text())
+    assert config['epochs'] == dict(value=3, source='parameter') and config['seed'] == dict(
+        value=3, source='parameter'
+    )
+    assert config['knobs']['value'] == dict(
+        classes=4, instances=160, size=256, start_range=100, seed=3
+    )
     assert [r['epoch'] for r in read_summary(RunFolder(pretrained))] == [0, 1, 2]
     assert weights(pretrained)['head.weight'].shape[0] == 4
-    assert vars(read_checkpoint(pretrained/'last.pth.tar')['args'])['dataset'] == 'rcdb'
+    assert vars(read_checkpoint(pretrained / 'last.pth.tar')['args'])['dataset'] == 'rcdb'
 
 
 @pytest.mark.process
 def test_finetuning_takes_the_weights_and_reports_exact_counts(pretrained, tmp_path):
-    done = papermill('finetune', tmp_path, weights=pretrained/'last.pth.tar', epochs=1, seeds=2)
+    done = papermill('finetune', tmp_path, weights=pretrained / 'last.pth.tar', epochs=1, seeds=2)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path/'result.json').read_text())
+    result = json.loads((tmp_path / 'result.json').read_text())
     assert result['images'] == 800 and result['top1'] == 100 * result['correct'] / 800
     assert sum(map(sum, result['confusion'])) == 800
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ['model', 'pre-trained-seed1', 'scratch-seed0', 'scratch-seed1']
-    start = json.loads((tmp_path/'log.jsonl').read_text().split('\n')[0])
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == [
+        'model',
+        'pre-trained-seed1',
+        'scratch-seed0',
+        'scratch-seed1',
+    ]
+    start = json.loads((tmp_path / 'log.jsonl').read_text().split('\n')[0])
     assert 'tensors loaded' in start['weights']
-    assert json.loads((tmp_path/'scratch-seed0'/'log.jsonl').read_text().split('\n')[0])['weights'] == ''
-    assert (tmp_path/'report.png').exists()
+    assert (
+        json.loads((tmp_path / 'scratch-seed0' / 'log.jsonl').read_text().split('\n')[0])['weights']
+        == ''
+    )
+    assert (tmp_path / 'report.png').exists()
 
 
 SLIPS = [
     ('pretrain', dict(datset='rcdb'), "datset='rcdb' is not a parameter; did you mean 'dataset'?"),
-    ('pretrain', dict(dataset='rcbd'), "dataset='rcbd' is not known and is not a folder; did you mean 'rcdb'?"),
+    (
+        'pretrain',
+        dict(dataset='rcbd'),
+        "dataset='rcbd' is not known and is not a folder; did you mean 'rcdb'?",
+    ),
     ('pretrain', dict(epochs='ten'), "epochs='ten' should be of type int"),
     ('finetune', dict(weights='missing.pth.tar'), "missing.pth.tar"),
     ('finetune', dict(weights=str(Path(__file__))), 'is no checkpoint'),
@@ -142,7 +232,11 @@ SLIPS = [
 
 
 @pytest.mark.process
-@pytest.mark.parametrize('notebook, slip, words', SLIPS, ids=[f'{n}-{next(iter(s))}-{i}' for i, (n, s, _) in enumerate(SLIPS)])
+@pytest.mark.parametrize(
+    'notebook, slip, words',
+    SLIPS,
+    ids=[f'{n}-{next(iter(s))}-{i}' for i, (n, s, _) in enumerate(SLIPS)],
+)
 def test_slips_stop_the_run_by_name(notebook, slip, words, tmp_path):
     done = papermill(notebook, tmp_path, **slip)
     assert done.returncode == 1
@@ -154,41 +248,71 @@ def test_slips_stop_the_run_by_name(notebook, slip, words, tmp_path):
 
 @pytest.mark.process
 def test_a_folder_without_classes_is_refused(tmp_path):
-    (tmp_path/'data'/'train').mkdir(parents=True)
-    done = papermill('finetune', tmp_path/'run', dataset=tmp_path/'data')
-    assert done.returncode == 1 and 'has no class folders; arrange it as train/CLASS/picture.png' in done.stderr
-    assert 'has no class folders' in RunFolder(tmp_path/'run').status['reason']
+    (tmp_path / 'data' / 'train').mkdir(parents=True)
+    done = papermill('finetune', tmp_path / 'run', dataset=tmp_path / 'data')
+    assert (
+        done.returncode == 1
+        and 'has no class folders; arrange it as train/CLASS/picture.png' in done.stderr
+    )
+    assert 'has no class folders' in RunFolder(tmp_path / 'run').status['reason']
 
 
 @pytest.mark.process
 def test_a_slip_does_not_spoil_a_finished_run(pretrained):
-    before = (pretrained/'status.json').read_text()
+    before = (pretrained / 'status.json').read_text()
     assert papermill('pretrain', pretrained, datset='rcdb').returncode == 1
-    assert (pretrained/'status.json').read_text() == before
+    assert (pretrained / 'status.json').read_text() == before
 
 
 @pytest.mark.process
 def test_another_run_in_the_same_folder_is_refused(pretrained):
     done = papermill('pretrain', pretrained, **SMALL | dict(epochs=5))
-    assert done.returncode == 1 and 'epochs=3 there, epochs=5 here; choose another folder, or pass restart=True' in done.stderr
-    assert RunFolder(pretrained).state == 'done' and read_config(RunFolder(pretrained))['epochs'] == 3
+    assert (
+        done.returncode == 1
+        and 'epochs=3 there, epochs=5 here; choose another folder, or pass restart=True'
+        in done.stderr
+    )
+    assert (
+        RunFolder(pretrained).state == 'done' and read_config(RunFolder(pretrained))['epochs'] == 3
+    )
 
 
 @pytest.mark.process
 def test_the_command_checks_before_a_kernel_starts(tmp_path):
-    fdsl = [str(Path(sys.executable).parent/'fdsl'), 'run', 'pretrain']
-    done = subprocess.run([*fdsl, '-p', 'datset', 'rcdb'], check=False, capture_output=True, text=True, env=environment(FDSL_OUTPUT_ROOT=str(tmp_path)))
-    assert done.returncode == 1 and "did you mean 'dataset'" in done.stderr and not list(tmp_path.iterdir())
+    fdsl = [str(Path(sys.executable).parent / 'fdsl'), 'run', 'pretrain']
+    done = subprocess.run(
+        [*fdsl, '-p', 'datset', 'rcdb'],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment(FDSL_OUTPUT_ROOT=str(tmp_path)),
+    )
+    assert (
+        done.returncode == 1
+        and "did you mean 'dataset'" in done.stderr
+        and not list(tmp_path.iterdir())
+    )
 
 
 @pytest.mark.process
 def test_the_command_runs_and_chooses_the_folder(tmp_path):
-    fdsl = [str(Path(sys.executable).parent/'fdsl'), 'run', 'pretrain']
+    fdsl = [str(Path(sys.executable).parent / 'fdsl'), 'run', 'pretrain']
     words = [w for k, v in (SMALL | dict(epochs=1)).items() for w in ('-p', k, str(v))]
-    done = subprocess.run([*fdsl, *words], check=False, capture_output=True, text=True, env=environment(FDSL_OUTPUT_ROOT=str(tmp_path)), timeout=300)
+    done = subprocess.run(
+        [*fdsl, *words],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment(FDSL_OUTPUT_ROOT=str(tmp_path)),
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
-    folder, = tmp_path.iterdir()
-    assert folder.name.startswith('pretrain-rcdb-') and RunFolder(folder).state == 'done' and (folder/'pretrain.ipynb').exists()
+    (folder,) = tmp_path.iterdir()
+    assert (
+        folder.name.startswith('pretrain-rcdb-')
+        and RunFolder(folder).state == 'done'
+        and (folder / 'pretrain.ipynb').exists()
+    )
 
 
 # A background job of a shell is deaf to Ctrl-C, and so are its children, unless they are told otherwise.
@@ -197,9 +321,16 @@ HEARS = 'import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); o
 
 def kill_after_first_epoch(words, sent):
     folder = Path(words[4]).parent
-    child = subprocess.Popen([sys.executable, '-c', HEARS, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(), start_new_session=True)
+    child = subprocess.Popen(
+        [sys.executable, '-c', HEARS, *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+        start_new_session=True,
+    )
     waiting = time.time() + 200
-    while not read_summary(RunFolder(folder)) and time.time() < waiting: time.sleep(0.1)
+    while not read_summary(RunFolder(folder)) and time.time() < waiting:
+        time.sleep(0.1)
     family = [p for p in psutil.Process(child.pid).children(recursive=True)]
     # a terminal sends Ctrl-C to all that runs in it
     os.killpg(child.pid, sent) if sent == signal.SIGINT else child.send_signal(sent)
@@ -211,15 +342,17 @@ def kill_after_first_epoch(words, sent):
 @pytest.mark.process
 def test_sigterm_ends_every_process_and_the_run_goes_on(tmp_path):
     given = SMALL | dict(processes=2)
-    (tmp_path/'killed').mkdir()
-    family, alive = kill_after_first_epoch(command('pretrain', tmp_path/'killed', **given), signal.SIGTERM)
+    (tmp_path / 'killed').mkdir()
+    family, alive = kill_after_first_epoch(
+        command('pretrain', tmp_path / 'killed', **given), signal.SIGTERM
+    )
     assert len(family) >= 4, 'kernel, launcher and two ranks were expected'
     assert alive == [], 'processes were left behind'
-    assert RunFolder(tmp_path/'killed').state == 'interrupted'
-    again = papermill('pretrain', tmp_path/'killed', **given)
+    assert RunFolder(tmp_path / 'killed').state == 'interrupted'
+    again = papermill('pretrain', tmp_path / 'killed', **given)
     assert again.returncode == 0, again.stderr
-    assert [r['epoch'] for r in read_summary(RunFolder(tmp_path/'killed'))] == [0, 1, 2]
-    assert 'continuing after epoch' in (tmp_path/'killed'/'pretrain.ipynb').read_text()
+    assert [r['epoch'] for r in read_summary(RunFolder(tmp_path / 'killed'))] == [0, 1, 2]
+    assert 'continuing after epoch' in (tmp_path / 'killed' / 'pretrain.ipynb').read_text()
 
 
 @pytest.mark.process
@@ -227,9 +360,9 @@ def test_a_run_stopped_by_ctrl_c_ends_with_the_same_weights(pretrained, tmp_path
     _, alive = kill_after_first_epoch(command('pretrain', tmp_path, **SMALL), signal.SIGINT)
     assert alive == [] and RunFolder(tmp_path).state == 'interrupted'
     assert papermill('pretrain', tmp_path, **SMALL).returncode == 0
-    assert 'continuing after epoch' in (tmp_path/'pretrain.ipynb').read_text()
+    assert 'continuing after epoch' in (tmp_path / 'pretrain.ipynb').read_text()
     assert_same_weights(tmp_path, pretrained)
-    assert (tmp_path/'summary.csv').read_text() == (pretrained/'summary.csv').read_text()
+    assert (tmp_path / 'summary.csv').read_text() == (pretrained / 'summary.csv').read_text()
 
 
 @pytest.mark.slow
@@ -249,9 +382,18 @@ def test_a_number_is_a_fine_real_and_true_is_not_a_number():
 
 @pytest.mark.process
 def test_the_command_lists_recipes():
-    def said(*words): return subprocess.run([str(Path(sys.executable).parent/'fdsl'), 'recipes', *words], check=False, capture_output=True, text=True)
+    def said(*words):
+        return subprocess.run(
+            [str(Path(sys.executable).parent / 'fdsl'), 'recipes', *words],
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+
     every, one, slip = said(), said('onepfrac1k_vit_tiny'), said('onepfrac1k_vit_tny')
     assert every.returncode == one.returncode == 0
-    assert 'cifar100 84.2' in every.stdout and all(r.name in every.stdout for r in [*PRETRAIN, *FINETUNE])
+    assert 'cifar100 84.2' in every.stdout and all(
+        r.name in every.stdout for r in [*PRETRAIN, *FINETUNE]
+    )
     assert re.search(r'^batch +256$', one.stdout, re.MULTILINE)
     assert slip.returncode == 1 and "did you mean 'onepfrac1k_vit_tiny'" in slip.stderr

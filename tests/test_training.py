@@ -1,4 +1,5 @@
 """Training without papermill: every family, workers and processes against none, epochs by counting."""
+
 from collections import Counter
 import json
 
@@ -41,10 +42,17 @@ def test_every_formula_trains(name, tmp_path):
 
 @pytest.mark.process
 def test_workers_change_nothing(tmp_path):
-    given = dict(dataset='rcdb', classes=4, instances=16, mixup=0.4, erasing=0.5, auto_augment='rand-m9-mstd0.5-inc1')
-    run(tmp_path/'alone', **given)
-    run(tmp_path/'helped', workers=2, **given)
-    assert differing(weights(tmp_path/'alone'), weights(tmp_path/'helped')) == []
+    given = dict(
+        dataset='rcdb',
+        classes=4,
+        instances=16,
+        mixup=0.4,
+        erasing=0.5,
+        auto_augment='rand-m9-mstd0.5-inc1',
+    )
+    run(tmp_path / 'alone', **given)
+    run(tmp_path / 'helped', workers=2, **given)
+    assert differing(weights(tmp_path / 'alone'), weights(tmp_path / 'helped')) == []
 
 
 def test_the_published_augmentation_runs_at_every_strength():
@@ -57,38 +65,53 @@ def test_the_published_augmentation_runs_at_every_strength():
 
 def test_another_seed_is_another_run(tmp_path):
     given = dict(dataset='rcdb', classes=4, instances=16)
-    run(tmp_path/'a', **given)
-    run(tmp_path/'b', seed=1, **given)
-    assert 'patch_embed.proj.weight' in differing(weights(tmp_path/'a'), weights(tmp_path/'b'))
+    run(tmp_path / 'a', **given)
+    run(tmp_path / 'b', seed=1, **given)
+    assert 'patch_embed.proj.weight' in differing(weights(tmp_path / 'a'), weights(tmp_path / 'b'))
 
 
 @pytest.mark.parametrize('args', (None, {'model': 'deit_tiny'}, []))
 def test_checkpoints_of_other_programs_bring_no_architecture(args, tmp_path):
-    torch.save(dict(model={}, args=args), tmp_path/'other_300ep.pth')
-    assert architecture_of(tmp_path/'other_300ep.pth') == {} == architecture_of('local-dir:exported')
+    torch.save(dict(model={}, args=args), tmp_path / 'other_300ep.pth')
+    assert (
+        architecture_of(tmp_path / 'other_300ep.pth') == {} == architecture_of('local-dir:exported')
+    )
 
 
 @pytest.mark.process
 def test_two_processes_measure_every_image_once(tmp_path):
     result = run(tmp_path, 'finetune', dataset='digits', batch=160, processes=2)
     assert result['images'] == 800 and sum(map(sum, result['confusion'])) == 800
-    assert [json.loads(line)['processes'] for line in (tmp_path/'log.jsonl').read_text().split('\n') if 'start' in line] == [2]
+    assert [
+        json.loads(line)['processes']
+        for line in (tmp_path / 'log.jsonl').read_text().split('\n')
+        if 'start' in line
+    ] == [2]
 
 
 @pytest.mark.parametrize('world', (1, 2, 4))
 @pytest.mark.parametrize('repeats, images', ((1, None), (3, None), (1, 240), (3, 240)))
 def test_an_epoch_holds_each_draw_once(world, repeats, images):
-    parts = [EpochBatches(96, 8, rank=r, world=world, repeats=repeats, images=images) for r in range(world)]
+    parts = [
+        EpochBatches(96, 8, rank=r, world=world, repeats=repeats, images=images)
+        for r in range(world)
+    ]
     draws = [d for part in parts for batch in part for d in batch]
     assert len(draws) == len(set(draws)) == (images or 96)
     whole = {d for batch in EpochBatches(96, 8, repeats=repeats, images=images) for d in batch}
     assert set(draws) == whole
     appearances = Counter(d.index for d in draws)
-    assert max(appearances.values()) <= repeats * -(-(images or 96) // (96 * repeats)) and (repeats > 1 or min(appearances.values()) == max(1, (images or 96) // 96))
+    assert max(appearances.values()) <= repeats * -(-(images or 96) // (96 * repeats)) and (
+        repeats > 1 or min(appearances.values()) == max(1, (images or 96) // 96)
+    )
 
 
 def test_a_loss_that_is_no_number_is_a_failed_run(tmp_path):
     with pytest.raises(FloatingPointError, match='lower lr'):
         run(tmp_path, dataset='rcdb', classes=4, instances=16, optimizer='sgd', lr=1e38)
     status = RunFolder(tmp_path).status
-    assert status['state'] == 'failed' and 'loss=' in status['reason'] and not (tmp_path/'last.pth.tar').exists()
+    assert (
+        status['state'] == 'failed'
+        and 'loss=' in status['reason']
+        and not (tmp_path / 'last.pth.tar').exists()
+    )

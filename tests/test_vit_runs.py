@@ -1,4 +1,5 @@
 """ViT-pytorch's fine-tuning as a run: Google's weights in, a zeroed head, steps, its own schedule and dropout."""
+
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,12 @@ from fdsl_nb.core.folder import RunFolder, read_summary
 from fdsl_nb.app.runs import configuration
 from fdsl_nb.training.training import make_model, read_recipe, run_training
 
-NPZ = Path(__file__).parent/'golden'/'google_vit_tiny.npz'
-MODEL = dict(model='vit_base_patch16_224', image_size=64, options=dict(model_options=dict(embed_dim=64, depth=2, num_heads=4, mlp_ratio=2.0)))
+NPZ = Path(__file__).parent / 'golden' / 'google_vit_tiny.npz'
+MODEL = dict(
+    model='vit_base_patch16_224',
+    image_size=64,
+    options=dict(model_options=dict(embed_dim=64, depth=2, num_heads=4, mlp_ratio=2.0)),
+)
 
 
 @pytest.fixture(scope='module')
@@ -19,15 +24,27 @@ def pictures(tmp_path_factory):
     root, rng = tmp_path_factory.mktemp('pictures'), np.random.default_rng(0)
     for split, n in (('train', 40), ('test', 7)):
         for c, colour in enumerate(((200, 60, 60), (60, 60, 200))):
-            (root/split/f'c{c}').mkdir(parents=True)
+            (root / split / f'c{c}').mkdir(parents=True)
             for k in range(n):
                 noise = rng.integers(-60, 60, (32, 32, 3))
-                Image.fromarray(np.uint8(np.clip(noise + colour, 0, 255))).save(root/split/f'c{c}'/f'{k}.png')
+                Image.fromarray(np.uint8(np.clip(noise + colour, 0, 255))).save(
+                    root / split / f'c{c}' / f'{k}.png'
+                )
     return root
 
 
 def config(folder, pictures, **given):
-    given = dict(recipe='vitpytorch_cifar10_b16', dataset='cifar10', data=str(pictures), weights=str(NPZ), wandb_mode='disabled', **MODEL) | given
+    given = (
+        dict(
+            recipe='vitpytorch_cifar10_b16',
+            dataset='cifar10',
+            data=str(pictures),
+            weights=str(NPZ),
+            wandb_mode='disabled',
+            **MODEL,
+        )
+        | given
+    )
     return configuration('finetune', given, RunFolder(folder))
 
 
@@ -36,10 +53,14 @@ def test_the_published_recipe_in_steps_from_googles_weights(pictures, tmp_path):
     asked = config(tmp_path, pictures, budget='paper', batch=16, options=options)
     result = run_training(asked)
     rows = read_summary(RunFolder(tmp_path))
-    assert [r['epoch'] for r in rows] == [0, 1, 2] and result['images'] == 14 and result['split'] == 'test'
+    assert (
+        [r['epoch'] for r in rows] == [0, 1, 2]
+        and result['images'] == 14
+        and result['split'] == 'test'
+    )
     # updates 2, 4 and 6 of the published schedule: warm-up over 2 steps, then a cosine to 0
     assert [r['lr'] for r in rows] == pytest.approx([0.03, 0.015, 0.0], abs=1e-12)
-    saved = read_checkpoint(tmp_path/'last.pth.tar')
+    saved = read_checkpoint(tmp_path / 'last.pth.tar')
     assert saved['state_dict']['head.weight'].shape == (2, 64)
 
 
@@ -47,7 +68,11 @@ def test_a_run_starts_with_a_zeroed_head_and_the_published_dropout(pictures, tmp
     values = {k: v.value for k, v in config(tmp_path, pictures, budget='paper').items()}
     model, loaded = make_model(values, 2)
     assert not model.head.weight.any() and 'zeroed' in loaded.head
-    assert model.blocks[0].mlp.drop1.p == 0.1 and model.blocks[0].attn.proj_drop.p == 0 and model.pos_drop.p == 0.1
+    assert (
+        model.blocks[0].mlp.drop1.p == 0.1
+        and model.blocks[0].attn.proj_drop.p == 0
+        and model.pos_drop.p == 0.1
+    )
     assert read_recipe(values).epochs == 100
 
 

@@ -4,6 +4,7 @@ Steps, images and labels as the network got them, and power cuts. A test of seve
 its ranks from one process that has imported everything, because importing takes longer than such a
 run.
 """
+
 import json
 import multiprocessing
 import os
@@ -26,16 +27,46 @@ from fdsl_nb.training.distributed import rank, total
 from fdsl_nb.core.settings import Resolved
 
 TINY = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2)
-STILL = dict(auto_augment='', color_jitter=0.0, erasing=0.0, scale=(1.0, 1.0), ratio=(1.0, 1.0), mixup=0.0, cutmix=0.0, smoothing=0.0, drop_path=0.0)   # no chance but the order
-DRAWN = dict(classes=4, instances=8, size=96, start_range=10, lines_max=20)      # 32 images of VisualAtom
-BASE = training.RUN | STILL | dict(dataset='visualatom', knobs=DRAWN, model='deit_tiny_patch16_224', model_options=TINY, image_size=32, batch=16, epochs=2, lr=1e-3, warmup_epochs=0,
-    best_by='last', export=False, wandb_mode='disabled')
+STILL = dict(
+    auto_augment='',
+    color_jitter=0.0,
+    erasing=0.0,
+    scale=(1.0, 1.0),
+    ratio=(1.0, 1.0),
+    mixup=0.0,
+    cutmix=0.0,
+    smoothing=0.0,
+    drop_path=0.0,
+)  # no chance but the order
+DRAWN = dict(
+    classes=4, instances=8, size=96, start_range=10, lines_max=20
+)  # 32 images of VisualAtom
+BASE = (
+    training.RUN
+    | STILL
+    | dict(
+        dataset='visualatom',
+        knobs=DRAWN,
+        model='deit_tiny_patch16_224',
+        model_options=TINY,
+        image_size=32,
+        batch=16,
+        epochs=2,
+        lr=1e-3,
+        warmup_epochs=0,
+        best_by='last',
+        export=False,
+        wandb_mode='disabled',
+    )
+)
 
 
 @dataclass(frozen=True)
 class Stumbling(VisualAtom):
     "Cannot draw one of its images."
+
     name = 'stumbling'
+
     def draw(self, c, k):
         if (c, k) == (1, 1):
             print('stumbled at', time.time(), flush=True)
@@ -45,66 +76,107 @@ class Stumbling(VisualAtom):
 
 class Watch(Callback):
     "Keeps what each step was given and what it gave; with `file`, a line a step there."
-    order, run_valid = 45, False    # after mixing, counting and averaging
-    def __init__(self, file=None): self.file, self.rates, self.losses, self.labels = file, [], [], []
+
+    order, run_valid = 45, False  # after mixing, counting and averaging
+
+    def __init__(self, file=None):
+        self.file, self.rates, self.losses, self.labels = file, [], [], []
+
     def before_batch(self):
         self.rates.append(self.learn.opt.opt.param_groups[0]['lr'])
         self.labels.append(self.learn.yb[0])
+
     def after_batch(self):
         loss, n = self.learn.loss.detach(), len(self.learn.xb[0])
         self.losses.append(float(loss))
-        if self.file is None: return
+        if self.file is None:
+            return
         loss_sum, images = total(loss.new_tensor([float(loss) * n, n])).tolist()
         if rank() == 0:
-            with open(self.file, 'a') as f: f.write(json.dumps(dict(step=self.learn.steps_done, loss=loss_sum / images)) + '\n')
+            with open(self.file, 'a') as f:
+                f.write(json.dumps(dict(step=self.learn.steps_done, loss=loss_sum / images)) + '\n')
 
 
 class Seen(Callback):
     "Writes label and hash of every training image, augmented and unmixed, to `seen-RANK.jsonl`."
+
     order, run_valid = -60, False
-    def __init__(self, folder): self.folder = Path(folder)
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
     def before_batch(self):
-        with open(self.folder/f'seen-{rank()}.jsonl', 'a') as f:
-            f.writelines(json.dumps([self.learn.epoch, int(y), sha256(x.numpy().tobytes()).hexdigest()]) + '\n' for x, y in zip(self.learn.xb[0], self.learn.yb[0]))
+        with open(self.folder / f'seen-{rank()}.jsonl', 'a') as f:
+            f.writelines(
+                json.dumps([self.learn.epoch, int(y), sha256(x.numpy().tobytes()).hexdigest()])
+                + '\n'
+                for x, y in zip(self.learn.xb[0], self.learn.yb[0])
+            )
 
 
 class Slow(Callback):
     "Takes its time, so that there is some to kill in, and leaves a line a step in `file`."
+
     order, run_valid = 46, False
-    def __init__(self, file): self.file = file
+
+    def __init__(self, file):
+        self.file = file
+
     def after_batch(self):
         time.sleep(0.05)
         if rank() == 0:
-            with open(self.file, 'a') as f: f.write('step\n')
+            with open(self.file, 'a') as f:
+                f.write('step\n')
 
 
 class PowerCut(Callback):
     "Kills every process of the run, this one last, when step `step` reaches the event `when`."
-    order = 55      # after a recovery checkpoint of the same step
-    def __init__(self, step, when): self.step, self.when = step, when
+
+    order = 55  # after a recovery checkpoint of the same step
+
+    def __init__(self, step, when):
+        self.step, self.when = step, when
+
     def cut(self, event):
-        if rank() or event != self.when or self.learn.steps_done != self.step: return
+        if rank() or event != self.when or self.learn.steps_done != self.step:
+            return
         root = psutil.Process(int(os.environ.get('PROGRAM') or os.getppid()))
         family = root.children(recursive=True) + [root] * ('PROGRAM' in os.environ)
         for p in family:
-            if p.pid != os.getpid(): p.kill()
+            if p.pid != os.getpid():
+                p.kill()
         os.kill(os.getpid(), signal.SIGKILL)
-    def before_batch(self): self.cut('before_batch')
-    def after_backward(self): self.cut('after_backward')
-    def after_batch(self): self.cut('after_batch')
-    def before_validate(self): self.cut('before_validate')
+
+    def before_batch(self):
+        self.cut('before_batch')
+
+    def after_backward(self):
+        self.cut('after_backward')
+
+    def after_batch(self):
+        self.cut('after_batch')
+
+    def before_validate(self):
+        self.cut('before_validate')
 
 
 @contextmanager
 def watching(*callbacks):
     "Inside the block `train` adds these callbacks; yields a dict where it leaves the `learn`er."
     made, built, left = training.make_callbacks, training.fdsl_learner, {}
+
     def learner(*args, **more):
         left['learn'] = built(*args, **more)
         return left['learn']
-    training.make_callbacks, training.fdsl_learner = lambda config, folder: [*made(config, folder), *callbacks], learner
-    try: yield left
-    finally: training.make_callbacks, training.fdsl_learner = made, built
+
+    training.make_callbacks, training.fdsl_learner = (
+        lambda config, folder: [*made(config, folder), *callbacks],
+        learner,
+    )
+    try:
+        yield left
+    finally:
+        training.make_callbacks, training.fdsl_learner = made, built
 
 
 def values(folder, **given):
@@ -112,14 +184,16 @@ def values(folder, **given):
     return BASE | dict(folder=str(folder)) | given
 
 
-def resolved(config): return {k: Resolved(v, 'test') for k, v in config.items()}
+def resolved(config):
+    return {k: Resolved(v, 'test') for k, v in config.items()}
 
 
 def trained(folder, **given):
     "Trains here, watched; returns (`learn`er, `Watch`, result)."
     watch = Watch()
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with watching(watch) as left: result = training.train(values(folder, **given))
+    with watching(watch) as left:
+        result = training.train(values(folder, **given))
     return left['learn'], watch, result
 
 
@@ -131,71 +205,110 @@ CONTEXT = multiprocessing.get_context('forkserver')
 def _start_server():
     "The process that ranks are forked from: it has imported everything and loaded the kernels."
     before = {k: os.environ.get(k) for k in ('PYTHONPATH', 'OMP_NUM_THREADS', 'RANK_SERVER')}
-    os.environ |= dict(PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *filter(None, [before['PYTHONPATH']])]), OMP_NUM_THREADS='1', RANK_SERVER='1')
+    os.environ |= dict(
+        PYTHONPATH=os.pathsep.join(
+            [str(Path(__file__).parent), *filter(None, [before['PYTHONPATH']])]
+        ),
+        OMP_NUM_THREADS='1',
+        RANK_SERVER='1',
+    )
     CONTEXT.set_forkserver_preload(['training_helpers'])
-    try: forkserver.ensure_running()
+    try:
+        forkserver.ensure_running()
     finally:
         for k, v in before.items():
-            if v is None: del os.environ[k]
-            else: os.environ[k] = v
+            if v is None:
+                del os.environ[k]
+            else:
+                os.environ[k] = v
 
 
-if os.environ.pop('RANK_SERVER', ''): VisualAtom(**DRAWN).render(0, 0)
+if os.environ.pop('RANK_SERVER', ''):
+    VisualAtom(**DRAWN).render(0, 0)
 
 
 def _rank(number, processes, port, config, callbacks):
-    multiprocessing.set_start_method('fork', force=True)        # for what it starts itself, as anywhere else
-    if processes > 1: os.environ |= dict(RANK=str(number), WORLD_SIZE=str(processes), LOCAL_RANK=str(number), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    multiprocessing.set_start_method(
+        'fork', force=True
+    )  # for what it starts itself, as anywhere else
+    if processes > 1:
+        os.environ |= dict(
+            RANK=str(number),
+            WORLD_SIZE=str(processes),
+            LOCAL_RANK=str(number),
+            MASTER_ADDR='127.0.0.1',
+            MASTER_PORT=str(port),
+        )
     folder = Path(config['folder'])
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder/f'printed-{number}.txt', 'a') as printed:
+    with open(folder / f'printed-{number}.txt', 'a') as printed:
         os.dup2(printed.fileno(), 1)
         os.dup2(printed.fileno(), 2)
-    with watching(*[make(*args) for make, args in callbacks]): training.run_training(resolved(config))
+    with watching(*[make(*args) for make, args in callbacks]):
+        training.run_training(resolved(config))
 
 
 def start_ranks(config, processes, *callbacks):
     "Starts ranks that call `run_training`, as a launcher would; callbacks are (class, arguments)."
     _start_server()
     port = free_port()
-    ranks = [CONTEXT.Process(target=_rank, args=(n, processes, port, config, callbacks)) for n in range(processes)]
-    for p in ranks: p.start()
+    ranks = [
+        CONTEXT.Process(target=_rank, args=(n, processes, port, config, callbacks))
+        for n in range(processes)
+    ]
+    for p in ranks:
+        p.start()
     return ranks
 
 
 def wait_ranks(ranks, seconds=120):
     "Waits for all, and returns their exit codes."
-    for p in ranks: p.join(seconds)
     for p in ranks:
-        if p.is_alive(): p.kill()
+        p.join(seconds)
+    for p in ranks:
+        if p.is_alive():
+            p.kill()
     return [p.exitcode for p in ranks]
 
 
-def printed(folder): return ''.join(p.read_text() for p in sorted(Path(folder).glob('printed-*.txt')))
+def printed(folder):
+    return ''.join(p.read_text() for p in sorted(Path(folder).glob('printed-*.txt')))
 
 
 def run_ranks(config, processes, *callbacks):
     "Runs the ranks to their end."
-    assert wait_ranks(start_ranks(config, processes, *callbacks)) == [0] * processes, printed(config['folder'])
+    assert wait_ranks(start_ranks(config, processes, *callbacks)) == [0] * processes, printed(
+        config['folder']
+    )
 
 
 # The command that a test of whole programs starts: it calls `run_training` alone or on processes of
 # its own, watched in none or all of them
 
+
 def command(config, *callbacks):
     "Words and environment of a Python program that runs `config`; callbacks as (name, arguments)."
     code = 'import json, sys, training_helpers as t; t.program(*map(json.loads, sys.argv[1:]))'
-    here = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get('PYTHONPATH')])])
-    return [sys.executable, '-c', code, json.dumps(config), json.dumps(callbacks)], {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': here}
+    here = os.pathsep.join(
+        [str(Path(__file__).parent), *filter(None, [os.environ.get('PYTHONPATH')])]
+    )
+    return [sys.executable, '-c', code, json.dumps(config), json.dumps(callbacks)], {
+        **os.environ,
+        'OMP_NUM_THREADS': '1',
+        'PYTHONPATH': here,
+    }
 
 
 def program(config, callbacks):
     os.environ |= dict(WATCHED=json.dumps(callbacks), PROGRAM=str(os.getpid()))
     launched = training.launch
-    training.launch = lambda function, values, processes: launched('training_helpers:train_watched', values, processes)
+    training.launch = lambda function, values, processes: launched(
+        'training_helpers:train_watched', values, processes
+    )
     training.run_training(resolved(config))
 
 
 def train_watched(values):
     "`train` with the callbacks that `program` was given, in whatever process it is."
-    with watching(*[globals()[name](*args) for name, args in json.loads(os.environ['WATCHED'])]): return training.train(values)
+    with watching(*[globals()[name](*args) for name, args in json.loads(os.environ['WATCHED'])]):
+        return training.train(values)

@@ -23,78 +23,121 @@ from .explore import LiveOrStill, png_bytes, tiled
 # %% ../../nbs/app/02_attention.ipynb #a6cf0ad8
 def _attention_layers(model):
     layers = [getattr(block, 'attn', None) for block in getattr(model, 'blocks', ())]
-    if not layers or not all(hasattr(a, 'attn_drop') and hasattr(a, 'fused_attn') for a in layers) or not hasattr(getattr(model, 'patch_embed', None), 'dynamic_feat_size'):
-        raise ValueError(f'{type(model).__name__} is no vision transformer whose every block attends to all patches; choose a vit_… or deit_… of timm')
+    if (
+        not layers
+        or not all(hasattr(a, 'attn_drop') and hasattr(a, 'fused_attn') for a in layers)
+        or not hasattr(getattr(model, 'patch_embed', None), 'dynamic_feat_size')
+    ):
+        raise ValueError(
+            f'{type(model).__name__} is no vision transformer whose every block attends to all patches; choose a vit_… or deit_… of timm'
+        )
     return layers
+
 
 @contextmanager
 def watched(
-    model:nn.Module,      # a ViT made by timm
+    model: nn.Module,  # a ViT made by timm
 ):
     "Inside the block, gives a list that fills with attention, float32 [images, heads, tokens, tokens], block by block; `ValueError` for other networks."
     layers, found = _attention_layers(model), []
     fused = [layer.fused_attn for layer in layers]
-    hooks = [layer.attn_drop.register_forward_pre_hook(lambda _, given: found.append(given[0].detach().float().cpu())) for layer in layers]
-    for layer in layers: layer.fused_attn = False
-    try: yield found
+    hooks = [
+        layer.attn_drop.register_forward_pre_hook(
+            lambda _, given: found.append(given[0].detach().float().cpu())
+        )
+        for layer in layers
+    ]
+    for layer in layers:
+        layer.fused_attn = False
+    try:
+        yield found
     finally:
-        for hook in hooks: hook.remove()
-        for layer, was in zip(layers, fused): layer.fused_attn = was
+        for hook in hooks:
+            hook.remove()
+        for layer, was in zip(layers, fused):
+            layer.fused_attn = was
 
 # %% ../../nbs/app/02_attention.ipynb #0a893e8f
 def as_input(
-    model:nn.Module,      # a ViT made by timm
-    image:Image.Image,    # any size, L or RGB
-    mean:tuple=None, std:tuple=None,  # of the pixels, 0 … 1; what timm records for the model if None
-) -> torch.Tensor:        # float32 [1, 3, h, w]
+    model: nn.Module,  # a ViT made by timm
+    image: Image.Image,  # any size, L or RGB
+    mean: tuple = None,
+    std: tuple = None,  # of the pixels, 0 … 1; what timm records for the model if None
+) -> torch.Tensor:  # float32 [1, 3, h, w]
     "An image squashed to a model's size and normalised as it was for training."
-    known, size = getattr(model, 'pretrained_cfg', None) or {}, getattr(model.patch_embed, 'img_size', None)
+    known, size = (
+        getattr(model, 'pretrained_cfg', None) or {},
+        getattr(model.patch_embed, 'img_size', None),
+    )
     height, width = size or known.get('input_size', (3, 224, 224))[1:]
-    pixels = pil_to_tensor(image.convert('RGB').resize((width, height), Image.Resampling.BILINEAR)).float() / 255
-    return normalize(pixels, list(mean or known.get('mean', (0.5,) * 3)), list(std or known.get('std', (0.5,) * 3)))[None]
+    pixels = (
+        pil_to_tensor(
+            image.convert('RGB').resize((width, height), Image.Resampling.BILINEAR)
+        ).float()
+        / 255
+    )
+    return normalize(
+        pixels,
+        list(mean or known.get('mean', (0.5,) * 3)),
+        list(std or known.get('std', (0.5,) * 3)),
+    )[None]
 
 # %% ../../nbs/app/02_attention.ipynb #b188069c
 @dataclass(frozen=True, eq=False)
 class Attention:
     "What a ViT attended to in one image."
+
     layers: torch.Tensor  # float32 [layers, heads, tokens, tokens]: token i takes this share from token j, rows sum to 1
     logits: torch.Tensor  # float32 [classes]
-    grid: tuple           # (h, w) patches, the last h * w tokens
-    averages: bool        # the head reads the mean over the patches, not the first token
+    grid: tuple  # (h, w) patches, the last h * w tokens
+    averages: bool  # the head reads the mean over the patches, not the first token
+
 
 @contextmanager
 def _measuring(model):
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad(): yield
+        with torch.no_grad():
+            yield
     finally:
-        for module, mode in modes.items(): module.training = mode
+        for module, mode in modes.items():
+            module.training = mode
 
 # %% ../../nbs/app/02_attention.ipynb #872a003e
 def attend(
-    model:nn.Module,      # a ViT made by timm, on any device; wrapped or not
-    image:Image.Image,    # any size
-    mean:tuple=None, std:tuple=None,  # of the pixels, 0 … 1; what timm records for the model if None
-) -> Attention:           # on the CPU
+    model: nn.Module,  # a ViT made by timm, on any device; wrapped or not
+    image: Image.Image,  # any size
+    mean: tuple = None,
+    std: tuple = None,  # of the pixels, 0 … 1; what timm records for the model if None
+) -> Attention:  # on the CPU
     "Runs a model on an image and keeps what it attended to; `ValueError` if it is no plain ViT."
     model = unwrap_model(model)
-    model = getattr(model, '_orig_mod', model)      # a compiled model keeps the plain one, which hooks can enter
+    model = getattr(
+        model, '_orig_mod', model
+    )  # a compiled model keeps the plain one, which hooks can enter
     with watched(model) as found, _measuring(model):
         x = as_input(model, image, mean, std).to(next(model.parameters()))
         logits = model(x)[0].float().cpu()
     grid = tuple(model.patch_embed.dynamic_feat_size(x.shape[-2:]))
     tokens = getattr(model, 'num_prefix_tokens', 1) + math.prod(grid)
-    expected, shapes = [(block.attn.num_heads, tokens, tokens) for block in model.blocks], [tuple(weights.shape[1:]) for weights in found]
+    expected, shapes = (
+        [(block.attn.num_heads, tokens, tokens) for block in model.blocks],
+        [tuple(weights.shape[1:]) for weights in found],
+    )
     if shapes != expected:
-        raise ValueError(f'{type(model).__name__} attends by maps of {shapes[:1]}, not {expected[:1]} (heads, tokens, tokens); choose a vit_… or deit_… of timm')
-    return Attention(torch.cat(found), logits, grid, getattr(model, 'global_pool', 'token') != 'token')
+        raise ValueError(
+            f'{type(model).__name__} attends by maps of {shapes[:1]}, not {expected[:1]} (heads, tokens, tokens); choose a vit_… or deit_… of timm'
+        )
+    return Attention(
+        torch.cat(found), logits, grid, getattr(model, 'global_pool', 'token') != 'token'
+    )
 
 # %% ../../nbs/app/02_attention.ipynb #8fd7c986
 def patch_map(
-    weights:torch.Tensor, # float [tokens, tokens], of one layer or of several joined
-    attention:Attention,  # whose grid it is
-) -> np.ndarray:          # float32 [h, w]: what each patch contributes to what the head reads
+    weights: torch.Tensor,  # float [tokens, tokens], of one layer or of several joined
+    attention: Attention,  # whose grid it is
+) -> np.ndarray:  # float32 [h, w]: what each patch contributes to what the head reads
     "The row that the head reads, as a picture: the first token's, or the mean of the patches' rows."
     patches = math.prod(attention.grid)
     row = weights[-patches:].mean(0) if attention.averages else weights[0]
@@ -102,47 +145,56 @@ def patch_map(
 
 # %% ../../nbs/app/02_attention.ipynb #6140c0c9
 def rollout(
-    layers:torch.Tensor,  # float [layers, heads, tokens, tokens], rows sum to 1
-) -> torch.Tensor:        # float [layers, tokens, tokens]: from each layer's tokens back to the image's; rows sum to 1
+    layers: torch.Tensor,  # float [layers, heads, tokens, tokens], rows sum to 1
+) -> (
+    torch.Tensor
+):  # float [layers, tokens, tokens]: from each layer's tokens back to the image's; rows sum to 1
     "Attention joined over layers 1 … n, for each n, as ViT-pytorch does it: heads averaged, identity added, rows normed, multiplied."
     steps = layers.mean(1) + torch.eye(layers.shape[-1])
     joint = list(steps / steps.sum(-1, keepdim=True))
-    for n in range(1, len(joint)): joint[n] = joint[n] @ joint[n - 1]
+    for n in range(1, len(joint)):
+        joint[n] = joint[n] @ joint[n - 1]
     return torch.stack(joint)
 
 # %% ../../nbs/app/02_attention.ipynb #01d3a7ea
 def layer_maps(
-    attention:Attention,
-) -> tuple:               # two float32 [layers, h, w]: each layer alone; joined down to the image
+    attention: Attention,
+) -> tuple:  # two float32 [layers, h, w]: each layer alone; joined down to the image
     "What the head sees by each layer, alone (heads averaged) and by rollout."
     alone, joined = attention.layers.mean(1), rollout(attention.layers)
-    return tuple(np.stack([patch_map(weights, attention) for weights in maps]) for maps in (alone, joined))
+    return tuple(
+        np.stack([patch_map(weights, attention) for weights in maps]) for maps in (alone, joined)
+    )
 
 # %% ../../nbs/app/02_attention.ipynb #1a9214d2
 def over_image(
-    image:Image.Image,
-    weights:np.ndarray,   # float [h, w], not negative
-) -> np.ndarray:          # uint8 [height, width, 3], of the image's size
+    image: Image.Image,
+    weights: np.ndarray,  # float [h, w], not negative
+) -> np.ndarray:  # uint8 [height, width, 3], of the image's size
     "The image, darkened where little attention fell."
     weights = torch.from_numpy(np.ascontiguousarray(weights))[None, None] / weights.max()
     mask = F.interpolate(weights, size=image.size[::-1], mode='bilinear')[0, 0].numpy()
     return np.uint8(mask[..., None] * np.array(image.convert('RGB')))
 
+
 def top_labels(
-    logits:torch.Tensor,  # float [classes]
-    names:list=None,      # of the classes; their numbers if None
-    k:int=5,              # how many, at most
-) -> list:                # pairs (name, probability), likeliest first
+    logits: torch.Tensor,  # float [classes]
+    names: list = None,  # of the classes; their numbers if None
+    k: int = 5,  # how many, at most
+) -> list:  # pairs (name, probability), likeliest first
     "The likeliest classes."
     chances, classes = logits.softmax(-1).topk(min(k, len(logits)))
-    return [(str(c if names is None else names[c]), float(p)) for c, p in zip(classes.tolist(), chances)]
+    return [
+        (str(c if names is None else names[c]), float(p)) for c, p in zip(classes.tolist(), chances)
+    ]
 
 # %% ../../nbs/app/02_attention.ipynb #896ea05d
 def show_attention(
-    model:nn.Module,      # a ViT made by timm
-    image:Image.Image,
-    names:list=None,      # of the classes
-    mean:tuple=None, std:tuple=None,  # of the pixels; what timm records for the model if None
+    model: nn.Module,  # a ViT made by timm
+    image: Image.Image,
+    names: list = None,  # of the classes
+    mean: tuple = None,
+    std: tuple = None,  # of the pixels; what timm records for the model if None
 ) -> Figure:
     "The image, what the model attended to in all and by layer, and its five likeliest classes; `ValueError` if it is no plain ViT."
     attention = attend(model, image, mean, std)
@@ -151,8 +203,14 @@ def show_attention(
     top, bottom = figure.subfigures(2, 1, height_ratios=[2, 1.1])
     axes = [*top.subplots(1, 3), *np.atleast_1d(bottom.subplots(1, len(maps)))]
     titles = ['image', 'rollout', *(f'layer {n}' for n in range(1, len(maps) + 1))]
-    for ax, title, picture in zip([*axes[:2], *axes[3:]], titles, [np.array(image.convert('RGB')), *(over_image(image, m) for m in (maps[-1], *maps))]):
-        ax.imshow(picture); ax.set_title(title, fontsize=8); ax.set_axis_off()
+    for ax, title, picture in zip(
+        [*axes[:2], *axes[3:]],
+        titles,
+        [np.array(image.convert('RGB')), *(over_image(image, m) for m in (maps[-1], *maps))],
+    ):
+        ax.imshow(picture)
+        ax.set_title(title, fontsize=8)
+        ax.set_axis_off()
     axes[2].barh([n for n, _ in labels][::-1], [p for _, p in labels][::-1])
     axes[2].set(xlim=(0, 1), xlabel='probability')
     return figure
@@ -160,11 +218,14 @@ def show_attention(
 # %% ../../nbs/app/02_attention.ipynb #b6645463
 class AttentionExplorer(LiveOrStill):
     "Sliders over images and layers; `attention` is what is shown."
-    def __init__(self,
-        model:nn.Module,      # a ViT made by timm
-        images,               # a data set: image number i with its class, `.classes`
-        mean:tuple=None, std:tuple=None,  # of the pixels; what timm records for the model if None
-        first:int=0,          # image to begin with
+
+    def __init__(
+        self,
+        model: nn.Module,  # a ViT made by timm
+        images,  # a data set: image number i with its class, `.classes`
+        mean: tuple = None,
+        std: tuple = None,  # of the pixels; what timm records for the model if None
+        first: int = 0,  # image to begin with
     ):
         self.model, self.images, self.normal = model, images, (mean, std)
         wide = widgets.Layout(width='30em')
@@ -176,45 +237,71 @@ class AttentionExplorer(LiveOrStill):
         self.look()
         self.layer.max = len(self.attention.layers)
         self.layer.value = self.layer.max
-        for control, act in ((self.number, self.look), (self.layer, self.draw), (self.way, self.draw)): control.observe(act, 'value')
+        for control, act in (
+            (self.number, self.look),
+            (self.layer, self.draw),
+            (self.way, self.draw),
+        ):
+            control.observe(act, 'value')
         self.draw()
 
 # %% ../../nbs/app/02_attention.ipynb #39ba2be5
 @patch
-def look(self:AttentionExplorer, _=None):
+def look(self: AttentionExplorer, _=None):
     "Runs the model on the chosen image."
     self.image, label = self.images[self.number.value]
     self.attention = attend(self.model, self.image, *self.normal)
     names = getattr(self.images, 'classes', None)
-    rows = [f'{html.escape(name)}: {100 * p:.1f} %' for name, p in top_labels(self.attention.logits, names)]
-    self.labels.value = f'class {html.escape(str(label if names is None else names[label]))}, answered:<br>' + '<br>'.join(rows)
+    rows = [
+        f'{html.escape(name)}: {100 * p:.1f} %'
+        for name, p in top_labels(self.attention.logits, names)
+    ]
+    self.labels.value = (
+        f'class {html.escape(str(label if names is None else names[label]))}, answered:<br>'
+        + '<br>'.join(rows)
+    )
     self.draw()
 
+
 @patch
-def draw(self:AttentionExplorer, _=None):
+def draw(self: AttentionExplorer, _=None):
     "Draws the image, and beside it what the chosen layer attended to."
-    weights = layer_maps(self.attention)[self.way.value == 'joined'][min(self.layer.value, len(self.attention.layers)) - 1]
-    self.picture.value = png_bytes(tiled([[np.array(self.image.convert('RGB')), over_image(self.image, weights)]], side=300))
+    weights = layer_maps(self.attention)[self.way.value == 'joined'][
+        min(self.layer.value, len(self.attention.layers)) - 1
+    ]
+    self.picture.value = png_bytes(
+        tiled([[np.array(self.image.convert('RGB')), over_image(self.image, weights)]], side=300)
+    )
 
 # %% ../../nbs/app/02_attention.ipynb #af6873d1
 @patch
-def still(self:AttentionExplorer) -> bytes:
+def still(self: AttentionExplorer) -> bytes:
     "Eight images from the chosen one on, each above what was attended to, for where there are no sliders."
     start = max(0, min(self.number.value, len(self.images) - 8))
     pictures = [self.images[i][0] for i in range(start, min(start + 8, len(self.images)))]
-    maps = [over_image(image, layer_maps(attend(self.model, image, *self.normal))[1][-1]) for image in pictures]
-    return png_bytes(tiled([[np.array(image.convert('RGB')) for image in pictures], maps], ['image', 'rollout'], 84))
+    maps = [
+        over_image(image, layer_maps(attend(self.model, image, *self.normal))[1][-1])
+        for image in pictures
+    ]
+    return png_bytes(
+        tiled(
+            [[np.array(image.convert('RGB')) for image in pictures], maps], ['image', 'rollout'], 84
+        )
+    )
+
 
 @patch
-def __repr__(self:AttentionExplorer):
+def __repr__(self: AttentionExplorer):
     best = top_labels(self.attention.logits, getattr(self.images, 'classes', None), 1)[0]
     return f'image {self.number.value}, layer {self.layer.value} of {self.layer.max}, {self.way.value}: {best}'
 
+
 def explore_attention(
-    model:nn.Module,      # a ViT made by timm
-    images,               # a data set: image number i with its class, `.classes`
-    mean:tuple=None, std:tuple=None,  # of the pixels; what timm records for the model if None
-    first:int=0,          # image to begin with
+    model: nn.Module,  # a ViT made by timm
+    images,  # a data set: image number i with its class, `.classes`
+    mean: tuple = None,
+    std: tuple = None,  # of the pixels; what timm records for the model if None
+    first: int = 0,  # image to begin with
 ) -> AttentionExplorer:
     "Sliders over images and layers of a ViT's attention; `ValueError` if it is no plain ViT."
     return AttentionExplorer(model, images, mean, std, first)

@@ -14,91 +14,187 @@ import ipywidgets as widgets, pandas as pd
 from fastcore.basics import patch
 from ..core.settings import did_you_mean, machine_settings
 from ..core.folder import RunFolder
-from .compare import READ, Run, compare_figure, compare_table, differences, find_runs, png_of, read_run, run_row, short_names
+from fdsl_nb.app.compare import (
+    READ,
+    Run,
+    compare_figure,
+    compare_table,
+    differences,
+    find_runs,
+    png_of,
+    read_run,
+    run_row,
+    short_names,
+)
 from .explore import LiveOrStill, someone_watches
 
 # %% ../../nbs/app/07_browser.ipynb #8cb0813c
-def stamp(folder:Path) -> tuple:
+def stamp(folder: Path) -> tuple:
     "Times and sizes of the files that `read_run` reads."
     found = []
     for name, _ in READ.values():
-        try: found.append(((s := (folder/name).stat()).st_mtime_ns, s.st_size))
-        except OSError: found.append(None)
+        try:
+            found.append(((s := (folder / name).stat()).st_mtime_ns, s.st_size))
+        except OSError:
+            found.append(None)
     return tuple(found)
 
+
 def look(
-    root,                 # a folder of runs
-    before:dict=None,     # what the last look returned
-) -> dict:                # path → (stamp, `Run`), newest first
+    root,  # a folder of runs
+    before: dict = None,  # what the last look returned
+) -> dict:  # path → (stamp, `Run`), newest first
     "All runs under a folder; only what changed since `before` is read."
     seen = {}
     for path in find_runs(root):
         now, (then, run) = stamp(path), (before or {}).get(path, (None, None))
-        try: seen[path] = now, replace(run, state=RunFolder(path).state) if now == then and run.state != 'damaged' else read_run(path)
-        except (OSError, ValueError) as e: seen[path] = now, Run(path, 'damaged', dict(reason=str(e)))
+        try:
+            seen[path] = (
+                now,
+                replace(run, state=RunFolder(path).state)
+                if now == then and run.state != 'damaged'
+                else read_run(path),
+            )
+        except (OSError, ValueError) as e:
+            seen[path] = now, Run(path, 'damaged', dict(reason=str(e)))
     return seen
 
 # %% ../../nbs/app/07_browser.ipynb #bef09d08
-COLUMNS = {'run': 11, 'state': 6, 'notebook': 5, 'dataset': 6, 'recipe': 8, 'epoch': 9, 'loss': 4, 'top1': 4, 'images/s': 5, 'left': 5}     # widths, em
-COLOURS = dict(running='#1f77b4', done='#2ca02c', failed='#d62728', interrupted='#ff7f0e', paused='#9467bd', damaged='#7f7f7f')
+COLUMNS = {
+    'run': 11,
+    'state': 6,
+    'notebook': 5,
+    'dataset': 6,
+    'recipe': 8,
+    'epoch': 9,
+    'loss': 4,
+    'top1': 4,
+    'images/s': 5,
+    'left': 5,
+}  # widths, em
+COLOURS = dict(
+    running='#1f77b4',
+    done='#2ca02c',
+    failed='#d62728',
+    interrupted='#ff7f0e',
+    paused='#9467bd',
+    damaged='#7f7f7f',
+)
+
 
 def _grid(cells):
     widths = ' '.join(f'{w}em' for w in COLUMNS.values())
     return f'<div style="display:grid;grid-template-columns:{widths};column-gap:.6em;line-height:1.6">{"".join(cells)}</div>'
 
-def _cell(text, style=''): return f'<span style="overflow:hidden;text-overflow:ellipsis;white-space:nowrap;{style}" title="{html.escape(text)}">{html.escape(text)}</span>'
 
-def head_line() -> str: return _grid(_cell(name, 'font-weight:bold') for name in COLUMNS)
+def _cell(text, style=''):
+    return f'<span style="overflow:hidden;text-overflow:ellipsis;white-space:nowrap;{style}" title="{html.escape(text)}">{html.escape(text)}</span>'
+
+
+def head_line() -> str:
+    return _grid(_cell(name, 'font-weight:bold') for name in COLUMNS)
 
 # %% ../../nbs/app/07_browser.ipynb #ba5f5b5d
 def run_line(
-    row:dict,             # of `run_row`
-    reason:str='',        # why it failed
-) -> str:                 # HTML
+    row: dict,  # of `run_row`
+    reason: str = '',  # why it failed
+) -> str:  # HTML
     "A run as a line of the table; while it runs, with a bar for the epochs; the reason below, where it failed."
-    def text(name): return '' if row[name] is None else f'{row[name]:.4g}' if isinstance(row[name], float) else str(row[name])
+
+    def text(name):
+        return (
+            ''
+            if row[name] is None
+            else f'{row[name]:.4g}'
+            if isinstance(row[name], float)
+            else str(row[name])
+        )
+
     cells = {name: _cell(text(name)) for name in COLUMNS}
-    cells['state'] = _cell(row['state'], f'font-weight:bold;color:{COLOURS.get(row["state"], "black")}')
+    cells['state'] = _cell(
+        row['state'], f'font-weight:bold;color:{COLOURS.get(row["state"], "black")}'
+    )
     done, _, total = row['epoch'].partition('/')
-    if row['state'] == 'running' and total: cells['epoch'] = f'<span>{row["epoch"]} <progress style="width:4em" value="{int(done)}" max="{int(total)}"></progress></span>'
-    below = f'<div style="color:{COLOURS["failed"]};margin-left:1em">{html.escape(reason)}</div>' if reason else ''
+    if row['state'] == 'running' and total:
+        cells['epoch'] = (
+            f'<span>{row["epoch"]} <progress style="width:4em" value="{int(done)}" max="{int(total)}"></progress></span>'
+        )
+    below = (
+        f'<div style="color:{COLOURS["failed"]};margin-left:1em">{html.escape(reason)}</div>'
+        if reason
+        else ''
+    )
     return _grid(cells.values()) + below
 
 # %% ../../nbs/app/07_browser.ipynb #1f676b4a
 class Repeating(threading.Thread):
     "Calls `action` every so many seconds, until `stop()`, or until `goes_on()` is false."
-    def __init__(self, action, every:float, goes_on=lambda: True):
+
+    def __init__(self, action, every: float, goes_on=lambda: True):
         super().__init__(daemon=True, name='fdsl browser')
         self.action, self.every, self.goes_on, self.told = action, every, goes_on, threading.Event()
+
     def run(self):
-        while not self.told.wait(self.every) and self.goes_on(): self.action()
-    def stop(self): self.told.set()
+        while not self.told.wait(self.every) and self.goes_on():
+            self.action()
+
+    def stop(self):
+        self.told.set()
 
 # %% ../../nbs/app/07_browser.ipynb #c9408a22
-def report_links(run:Run) -> str: # HTML
+def report_links(run: Run) -> str:  # HTML
     "Links to what a run left for readers: notebooks, pages, tables, and the reason of a failure."
-    files = [p for kind in ('*.ipynb', '*.html', '*.csv', '*.json') for p in sorted(run.path.glob(kind))]
-    links = [f'<a href="{html.escape(os.path.relpath(p))}" target="_blank">{html.escape(p.name)}</a>' for p in files]
-    reason = f'<p style="color:{COLOURS["failed"]}">{html.escape(run.reason)}</p>' if run.reason else ''
-    return f'<p><b>{html.escape(str(run.path))}</b>: {run.state}</p>{reason}<p>{" · ".join(links)}</p>'
+    files = [
+        p for kind in ('*.ipynb', '*.html', '*.csv', '*.json') for p in sorted(run.path.glob(kind))
+    ]
+    links = [
+        f'<a href="{html.escape(os.path.relpath(p))}" target="_blank">{html.escape(p.name)}</a>'
+        for p in files
+    ]
+    reason = (
+        f'<p style="color:{COLOURS["failed"]}">{html.escape(run.reason)}</p>' if run.reason else ''
+    )
+    return (
+        f'<p><b>{html.escape(str(run.path))}</b>: {run.state}</p>{reason}<p>{" · ".join(links)}</p>'
+    )
 
-def report_pictures(run:Run) -> list: # of paths
+
+def report_pictures(run: Run) -> list:  # of paths
     "The figures that a run left, the report first and what went in last."
     first = ('report', 'curves', 'confusion', 'mistakes')
-    return sorted(run.path.glob('*.png'), key=lambda p: (first.index(p.stem) if p.stem in first else len(first), p.name))
+    return sorted(
+        run.path.glob('*.png'),
+        key=lambda p: (first.index(p.stem) if p.stem in first else len(first), p.name),
+    )
 
 # %% ../../nbs/app/07_browser.ipynb #3f417b81
 class RunBrowser(LiveOrStill):
     "A table of the runs under `root` and pages about the ticked ones; `chosen` are their paths."
+
     page_state = shown = thread = None
-    def __init__(self, root:Path, every:float=2., published:dict=None, most:int=50):
+
+    def __init__(self, root: Path, every: float = 2.0, published: dict = None, most: int = 50):
         self.root, self.every, self.published, self.most = Path(root), every, published, most
         self.seen, self.boxes, self.lines, self.lock = {}, {}, {}, threading.RLock()
         self.words = widgets.Text(placeholder='part of a name', layout=widgets.Layout(width='14em'))
-        self.state = widgets.Dropdown(options=['all states', *COLOURS], layout=widgets.Layout(width='9em'))
-        self.live, self.again = widgets.ToggleButton(description='Live', icon='eye'), widgets.Button(description='Look again')
-        self.message, self.table = widgets.HTML(), widgets.VBox(layout=widgets.Layout(max_height='24em', overflow='auto', width='fit-content'))
-        self.curves, self.differ, self.which = widgets.Image(format='png'), widgets.HTML(), widgets.Dropdown(description='run')
+        self.state = widgets.Dropdown(
+            options=['all states', *COLOURS], layout=widgets.Layout(width='9em')
+        )
+        self.live, self.again = (
+            widgets.ToggleButton(description='Live', icon='eye'),
+            widgets.Button(description='Look again'),
+        )
+        self.message, self.table = (
+            widgets.HTML(),
+            widgets.VBox(
+                layout=widgets.Layout(max_height='24em', overflow='auto', width='fit-content')
+            ),
+        )
+        self.curves, self.differ, self.which = (
+            widgets.Image(format='png'),
+            widgets.HTML(),
+            widgets.Dropdown(description='run'),
+        )
         self.links, self.pictures = widgets.Output(), widgets.VBox()
         find_runs(root, 0)
         self._arrange()
@@ -108,88 +204,136 @@ class RunBrowser(LiveOrStill):
 
 # %% ../../nbs/app/07_browser.ipynb #1a038cea
 @patch
-def _arrange(self:RunBrowser):
+def _arrange(self: RunBrowser):
     self.head = widgets.HTML(head_line(), layout=widgets.Layout(margin='0 0 0 2.4em'))
-    self.pages = widgets.Tab([self.curves, self.differ, widgets.VBox([self.which, self.links, self.pictures])], titles=('Curves', 'Where they differ', 'Report'))
-    self.widget = widgets.VBox([widgets.HBox([self.words, self.state, self.live, self.again, self.message]), self.table, self.pages])
+    self.pages = widgets.Tab(
+        [self.curves, self.differ, widgets.VBox([self.which, self.links, self.pictures])],
+        titles=('Curves', 'Where they differ', 'Report'),
+    )
+    self.widget = widgets.VBox(
+        [
+            widgets.HBox([self.words, self.state, self.live, self.again, self.message]),
+            self.table,
+            self.pages,
+        ]
+    )
 
 # %% ../../nbs/app/07_browser.ipynb #9df3e072
 @patch
-def look(self:RunBrowser, _=None):
+def look(self: RunBrowser, _=None):
     "Looks at the folder again and brings everything up to date."
     with self.lock:
-        try: self.seen = look(self.root, self.seen)
-        except OSError as e: self.seen, self.message.value = {}, f'<b>{html.escape(str(e))}</b>'
-        else: self._fill()
+        try:
+            self.seen = look(self.root, self.seen)
+        except OSError as e:
+            self.seen, self.message.value = {}, f'<b>{html.escape(str(e))}</b>'
+        else:
+            self._fill()
         self._show_page()
 
 # %% ../../nbs/app/07_browser.ipynb #85baa50c
 @patch
-def _fill(self:RunBrowser):
-    wanted = [p for p, (_, run) in self.seen.items() if self.words.value in str(p) and self.state.value in (run.state, 'all states')]
-    shown = wanted[:self.most]
+def _fill(self: RunBrowser):
+    wanted = [
+        p
+        for p, (_, run) in self.seen.items()
+        if self.words.value in str(p) and self.state.value in (run.state, 'all states')
+    ]
+    shown = wanted[: self.most]
     for path in shown:
         run, name = self.seen[path][1], str(path.relative_to(self.root))
-        if path not in self.boxes: self._add(path)
+        if path not in self.boxes:
+            self._add(path)
         self.lines[path].value = run_line(run_row(run, name), run.reason)
-    if shown != self.shown: self.table.children = (self.head, *(widgets.HBox([self.boxes[p], self.lines[p]]) for p in shown))
-    self.shown, states = shown, pd.Series([run.state for _, run in self.seen.values()], dtype=str).value_counts()
-    self.message.value = (', '.join(f'{n} {state}' for state, n in states.items()) or 'no runs yet') + (f'; {len(shown)} of {len(wanted)} shown' if len(wanted) > len(shown) else '')
+    if shown != self.shown:
+        self.table.children = (
+            self.head,
+            *(widgets.HBox([self.boxes[p], self.lines[p]]) for p in shown),
+        )
+    self.shown, states = (
+        shown,
+        pd.Series([run.state for _, run in self.seen.values()], dtype=str).value_counts(),
+    )
+    self.message.value = (
+        ', '.join(f'{n} {state}' for state, n in states.items()) or 'no runs yet'
+    ) + (f'; {len(shown)} of {len(wanted)} shown' if len(wanted) > len(shown) else '')
 
 # %% ../../nbs/app/07_browser.ipynb #265d4aaf
 @patch
-def tick(self:RunBrowser, names:list):
+def tick(self: RunBrowser, names: list):
     "Ticks the runs of these names, relative to the root, and no others; `ValueError` for a name that is not there."
     known = {str(p.relative_to(self.root)): p for p in self.seen}
     for name in names:
-        if name not in known: raise ValueError(f'run={name!r} is not in {self.root}' + did_you_mean(name, known))
-        if known[name] not in self.boxes: self._add(known[name])
-    for path, box in self.boxes.items(): box.value = path in [known[n] for n in names]
+        if name not in known:
+            raise ValueError(f'run={name!r} is not in {self.root}' + did_you_mean(name, known))
+        if known[name] not in self.boxes:
+            self._add(known[name])
+    for path, box in self.boxes.items():
+        box.value = path in [known[n] for n in names]
+
 
 @patch
-def _add(self:RunBrowser, path):
-    self.boxes[path], self.lines[path] = widgets.Checkbox(indent=False, layout=widgets.Layout(width='2em')), widgets.HTML()
+def _add(self: RunBrowser, path):
+    self.boxes[path], self.lines[path] = (
+        widgets.Checkbox(indent=False, layout=widgets.Layout(width='2em')),
+        widgets.HTML(),
+    )
     self.boxes[path].observe(self._show_page, 'value')
 
 # %% ../../nbs/app/07_browser.ipynb #2fee9a95
 @patch
-def _connect(self:RunBrowser):
-    for each in (self.words, self.state): each.observe(self.look, 'value')
+def _connect(self: RunBrowser):
+    for each in (self.words, self.state):
+        each.observe(self.look, 'value')
     self.again.on_click(self.look)
     self.pages.observe(self._show_page, 'selected_index')
     self.which.observe(self._show_page, 'value')
     self.live.observe(lambda change: self._go() if change.new else self._halt(), 'value')
 
+
 @patch(as_prop=True)
-def chosen(self:RunBrowser) -> list:
+def chosen(self: RunBrowser) -> list:
     "The paths of the ticked runs, oldest first."
     return [p for p in reversed(self.seen) if p in self.boxes and self.boxes[p].value]
 
 # %% ../../nbs/app/07_browser.ipynb #f4711e1f
 @patch
-def _show_page(self:RunBrowser, _=None):
+def _show_page(self: RunBrowser, _=None):
     with self.lock:
         chosen, page = self.chosen, self.pages.selected_index
-        state = page, self.which.value, [(p, self.seen[p][0], self.seen[p][1].state) for p in chosen]
-        if state == self.page_state: return
+        state = (
+            page,
+            self.which.value,
+            [(p, self.seen[p][0], self.seen[p][1].state) for p in chosen],
+        )
+        if state == self.page_state:
+            return
         self.page_state = state
-        try: (self._show_curves, self._show_differences, self._show_report)[page or 0](chosen)
-        except (OSError, ValueError) as e: self.message.value = f'<b>{html.escape(str(e))}</b>'
+        try:
+            (self._show_curves, self._show_differences, self._show_report)[page or 0](chosen)
+        except (OSError, ValueError) as e:
+            self.message.value = f'<b>{html.escape(str(e))}</b>'
+
 
 @patch
-def _show_curves(self:RunBrowser, chosen):
+def _show_curves(self: RunBrowser, chosen):
     self.curves.value = self.still() if chosen else b''
 
+
 @patch
-def _show_differences(self:RunBrowser, chosen):
-    self.differ.value = differences(self.readable).to_html() if len(chosen) > 1 else 'tick two runs or more'
+def _show_differences(self: RunBrowser, chosen):
+    self.differ.value = (
+        differences(self.readable).to_html() if len(chosen) > 1 else 'tick two runs or more'
+    )
+
 
 @patch(as_prop=True)
-def readable(self:RunBrowser) -> list: return [p for p in self.chosen if self.seen[p][1].state != 'damaged']
+def readable(self: RunBrowser) -> list:
+    return [p for p in self.chosen if self.seen[p][1].state != 'damaged']
 
 # %% ../../nbs/app/07_browser.ipynb #c5b555f0
 @patch
-def _show_report(self:RunBrowser, chosen):
+def _show_report(self: RunBrowser, chosen):
     names = dict(zip(short_names(chosen), chosen)) if chosen else {}
     if tuple(names) != self.which.options:
         before, self.which.options = self.which.value, tuple(names)
@@ -197,48 +341,75 @@ def _show_report(self:RunBrowser, chosen):
         self.which.value = before if before in names else next(iter(names), None)
     run = self.seen[names[self.which.value]][1] if self.which.value in names else None
     text = report_links(run) if run else 'tick a run'
-    self.links.outputs = (dict(output_type='display_data', data={'text/html': text, 'text/plain': ''}, metadata={}),)
-    for old in self.pictures.children: old.close()
-    self.pictures.children = [widgets.Image(value=p.read_bytes(), format='png') for p in report_pictures(run)] if run else []
+    self.links.outputs = (
+        dict(output_type='display_data', data={'text/html': text, 'text/plain': ''}, metadata={}),
+    )
+    for old in self.pictures.children:
+        old.close()
+    self.pictures.children = (
+        [widgets.Image(value=p.read_bytes(), format='png') for p in report_pictures(run)]
+        if run
+        else []
+    )
+
 
 @patch
-def _go(self:RunBrowser):
-    if self.thread and self.thread.is_alive() and not self.thread.told.is_set(): return
+def _go(self: RunBrowser):
+    if self.thread and self.thread.is_alive() and not self.thread.told.is_set():
+        return
     self.thread = Repeating(self.look, self.every, lambda: self.widget.comm is not None)
     self.thread.start()
 
+
 @patch
-def _halt(self:RunBrowser):
-    if self.thread: self.thread.stop()
+def _halt(self: RunBrowser):
+    if self.thread:
+        self.thread.stop()
 
 # %% ../../nbs/app/07_browser.ipynb #93f061d4
 @patch
-def close(self:RunBrowser):
+def close(self: RunBrowser):
     "Stops the thread and closes the widgets."
     self._halt()
     self.widget.close()
 
-@patch
-def still(self:RunBrowser) -> bytes: return png_of(compare_figure(self.readable, self.published if self.readable else {'no runs': 0.}))
 
 @patch
-def __repr__(self:RunBrowser): return str(compare_table(self.readable, self.published)) if self.readable else f'no runs in {self.root}'
+def still(self: RunBrowser) -> bytes:
+    return png_of(
+        compare_figure(self.readable, self.published if self.readable else {'no runs': 0.0})
+    )
+
 
 @patch
-def _repr_mimebundle_(self:RunBrowser, include=None, exclude=None):
-    if someone_watches(): self.live.value = True
+def __repr__(self: RunBrowser):
+    return (
+        str(compare_table(self.readable, self.published))
+        if self.readable
+        else f'no runs in {self.root}'
+    )
+
+
+@patch
+def _repr_mimebundle_(self: RunBrowser, include=None, exclude=None):
+    if someone_watches():
+        self.live.value = True
     return super(RunBrowser, self)._repr_mimebundle_(include, exclude)
 
 # %% ../../nbs/app/07_browser.ipynb #b6a88a9b
 def browse(
-    root=None,            # a folder of runs; the machine's output root, here or above, if None
-    published:dict=None,  # label → top-1 of a paper, percent; those of the runs' recipes if None
-    runs:str=None,        # names to tick, with commas between; the newest three if None
+    root=None,  # a folder of runs; the machine's output root, here or above, if None
+    published: dict = None,  # label → top-1 of a paper, percent; those of the runs' recipes if None
+    runs: str = None,  # names to tick, with commas between; the newest three if None
 ) -> RunBrowser:
     "A live table of runs; `FileNotFoundError` if there is no such folder, `ValueError` for a name that is not there."
     usual = machine_settings()['output_root'].value
     # notebooks work in nbs/, and runs usually lie beside that
-    if root is None: root = next((d/usual for d in (Path.cwd(), *Path.cwd().parents) if (d/usual).is_dir()), usual)
+    if root is None:
+        root = next(
+            (d / usual for d in (Path.cwd(), *Path.cwd().parents) if (d / usual).is_dir()), usual
+        )
     browser = RunBrowser(root, published=published)
-    if runs is not None: browser.tick([name.strip() for name in runs.split(',')])
+    if runs is not None:
+        browser.tick([name.strip() for name in runs.split(',')])
     return browser

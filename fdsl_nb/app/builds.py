@@ -17,7 +17,15 @@ from ..formulas.formula import formula, show_grid
 from ..data.datasets import is_formula
 from ..data.shards import BuiltDataset, Plan
 from ..build.source import Source, as_source
-from ..build.build import Job, build, leave_mpi, make_plan, open_executor, print_progress, refuse_other_build
+from fdsl_nb.build.build import (
+    Job,
+    build,
+    leave_mpi,
+    make_plan,
+    open_executor,
+    print_progress,
+    refuse_other_build,
+)
 from ..build.verify import verify
 from ..core.settings import machine_settings
 from ..core.folder import RunFolder, set_status, set_stopped
@@ -25,19 +33,29 @@ from ..training.distributed import found_ranks
 from .runs import KNOBS, configuration, declared_values, run_folder
 
 # %% ../../nbs/app/06_builds.ipynb #3c60e6ae
-def source_for(values:dict, folder:RunFolder) -> Source:
+def source_for(values: dict, folder: RunFolder) -> Source:
     "The formula or data set that a build's parameters mean; `ValueError` for a formula's knob without a formula."
     if is_formula(values['dataset']):
-        asked = {k: values[k] for k in ('dataset', 'budget', 'seed', 'knobs', *KNOBS) if values.get(k) is not None}
-        return as_source(formula(values['dataset'], **configuration('pretrain', asked, folder)['knobs'].value))
+        asked = {
+            k: values[k]
+            for k in ('dataset', 'budget', 'seed', 'knobs', *KNOBS)
+            if values.get(k) is not None
+        }
+        return as_source(
+            formula(values['dataset'], **configuration('pretrain', asked, folder)['knobs'].value)
+        )
     given = next((k for k in (*KNOBS, 'knobs') if values.get(k) is not None), None)
-    if given: raise ValueError(f'{given}={values[given]!r} is for formulas, and dataset={values["dataset"]!r} is none; leave it out')
+    if given:
+        raise ValueError(
+            f'{given}={values[given]!r} is for formulas, and dataset={values["dataset"]!r} is none; leave it out'
+        )
     return as_source(values['dataset'], values['split'])
 
 # %% ../../nbs/app/06_builds.ipynb #6dc365c8
 @dataclass(frozen=True)
 class Asked:
     "A build that is about to run."
+
     job: Job
     folder: RunFolder
     workers: int
@@ -45,90 +63,163 @@ class Asked:
     helper: bool = False  # one of several processes, and not the first
 
 # %% ../../nbs/app/06_builds.ipynb #61673a61
-def check_ranks(scheduler:str) -> bool:
+def check_ranks(scheduler: str) -> bool:
     "Is this a process that only works for the first one? `ValueError` if several were started without saying what for."
     ranks = found_ranks()
     if ranks and scheduler != 'mpi':
-        raise ValueError(f"{ranks['launcher']} started {ranks['world']} processes, and scheduler={scheduler or None!r}; give scheduler='mpi', or start one process")
+        raise ValueError(
+            f"{ranks['launcher']} started {ranks['world']} processes, and scheduler={scheduler or None!r}; give scheduler='mpi', or start one process"
+        )
     return bool(ranks and ranks['rank'])
 
 # %% ../../nbs/app/06_builds.ipynb #29e10b36
-def start_build(namespace:dict) -> Asked:
+def start_build(namespace: dict) -> Asked:
     "Checks the notebook's parameters, given its globals(), and plans the build; any slip is recorded as a failed run and raised."
     folder = run_folder('build', {'run': namespace.get('run'), 'dataset': namespace.get('dataset')})
     try:
         v = declared_values('build', namespace)
         source = source_for(v, folder)
-        plan = make_plan(source, v['layout'], v['format'], v['shard_images'], v['shard_bytes'], v['seed'])
-        job, helper = Job(source, plan, str(v['out'] or folder.file('data'))), check_ranks(v['scheduler'] or '')
-        if not helper: refuse_other_build(job)
-        return Asked(job, folder, machine_settings()['workers'].value if v['workers'] is None else v['workers'], v['scheduler'] or '', helper)
+        plan = make_plan(
+            source, v['layout'], v['format'], v['shard_images'], v['shard_bytes'], v['seed']
+        )
+        job, helper = (
+            Job(source, plan, str(v['out'] or folder.file('data'))),
+            check_ranks(v['scheduler'] or ''),
+        )
+        if not helper:
+            refuse_other_build(job)
+        return Asked(
+            job,
+            folder,
+            machine_settings()['workers'].value if v['workers'] is None else v['workers'],
+            v['scheduler'] or '',
+            helper,
+        )
     except Exception as e:
-        if folder.state in ('new', 'failed'): set_stopped(folder, e)
+        if folder.state in ('new', 'failed'):
+            set_stopped(folder, e)
         raise
 
 # %% ../../nbs/app/06_builds.ipynb #ec3dec08
-def show_build(asked:Asked) -> pd.DataFrame:
+def show_build(asked: Asked) -> pd.DataFrame:
     "What will be written, as a table."
     plan, source = asked.job.plan, asked.job.source
-    idle, remedy = 0 if asked.scheduler else max(0, asked.workers - plan.parts), ': choose smaller shards (shard_images)' * (plan.layout == 'shards')
-    rows = dict(source=source, images=f'{len(plan):,}', classes=f'{plan.classes:,}',
-        layout=plan.layout, format=plan.format, parts=f'{plan.parts:,}, the first {plan.part(0)}',
-        workers=f'{asked.scheduler or asked.workers}' + f', {idle} without a part to write{remedy}' * bool(idle))
-    return pd.DataFrame([(k, str(v)) for k, v in rows.items()], columns=['name', 'value']).set_index('name')
+    idle, remedy = (
+        0 if asked.scheduler else max(0, asked.workers - plan.parts),
+        ': choose smaller shards (shard_images)' * (plan.layout == 'shards'),
+    )
+    rows = dict(
+        source=source,
+        images=f'{len(plan):,}',
+        classes=f'{plan.classes:,}',
+        layout=plan.layout,
+        format=plan.format,
+        parts=f'{plan.parts:,}, the first {plan.part(0)}',
+        workers=f'{asked.scheduler or asked.workers}'
+        + f', {idle} without a part to write{remedy}' * bool(idle),
+    )
+    return pd.DataFrame(
+        [(k, str(v)) for k, v in rows.items()], columns=['name', 'value']
+    ).set_index('name')
 
 # %% ../../nbs/app/06_builds.ipynb #b43ef4b9
 class LiveSheet:
     "A progress function that prints lines and shows, in a notebook, the first images of the newest parts."
-    def __init__(self, job:Job, rows:int=4, columns:int=8, side:int=64, every:float=2.0):
+
+    def __init__(
+        self, job: Job, rows: int = 4, columns: int = 8, side: int = 64, every: float = 2.0
+    ):
         self.job, self.every, self.columns, self.side = job, every, columns, side
-        self.sheet, self.latest, self.lines, self.handle = np.full((rows * side, columns * side, 3), 128, np.uint8), -every, print_progress(), None
+        self.sheet, self.latest, self.lines, self.handle = (
+            np.full((rows * side, columns * side, 3), 128, np.uint8),
+            -every,
+            print_progress(),
+            None,
+        )
+
     def __call__(self, done, total, drawn, seconds, part=None):
         self.lines(done, total, drawn, seconds)
-        if part is None or done < total and seconds - self.latest < self.every: return
+        if part is None or done < total and seconds - self.latest < self.every:
+            return
         self.latest = seconds
-        numbers = self.job.plan.images_at(self.job.plan.places(part)[:self.columns]).tolist()
+        numbers = self.job.plan.images_at(self.job.plan.places(part)[: self.columns]).tolist()
         self.sheet = np.roll(self.sheet, self.side, 0)
         for x, i in enumerate(numbers):
-            picture = Image.fromarray(self.job.source.pixels(i)).convert('RGB').resize((self.side, self.side), Image.Resampling.BOX)
-            self.sheet[:self.side, x * self.side:(x + 1) * self.side] = picture
-        if self.handle: self.handle.update(Image.fromarray(self.sheet))
-        else: self.handle = display(Image.fromarray(self.sheet), display_id=True)
+            picture = (
+                Image.fromarray(self.job.source.pixels(i))
+                .convert('RGB')
+                .resize((self.side, self.side), Image.Resampling.BOX)
+            )
+            self.sheet[: self.side, x * self.side : (x + 1) * self.side] = picture
+        if self.handle:
+            self.handle.update(Image.fromarray(self.sheet))
+        else:
+            self.handle = display(Image.fromarray(self.sheet), display_id=True)
 
 # %% ../../nbs/app/06_builds.ipynb #04792406
-def run_build(asked:Asked) -> dict:
+def run_build(asked: Asked) -> dict:
     "Builds what was asked, watched, and records how it ended: images, parts, bytes, folder and seconds."
     started, job = time.time(), asked.job
-    if asked.helper: return _help(asked)
+    if asked.helper:
+        return _help(asked)
     try:
         set_status(asked.folder, 'running')
-        arrangement = {k: getattr(job.plan, k) for k in ('layout', 'format')} | ({'shard_images': job.plan.shard_images, 'seed': job.plan.seed} if job.plan.shard_images else {})
+        arrangement = {k: getattr(job.plan, k) for k in ('layout', 'format')} | (
+            {'shard_images': job.plan.shard_images, 'seed': job.plan.seed}
+            if job.plan.shard_images
+            else {}
+        )
         with open_executor(asked.scheduler, asked.workers) as executor:
-            built = build(job.source, job.out, workers=asked.workers if not asked.scheduler else 0, executor=executor, progress=LiveSheet(job), **arrangement)
+            built = build(
+                job.source,
+                job.out,
+                workers=asked.workers if not asked.scheduler else 0,
+                executor=executor,
+                progress=LiveSheet(job),
+                **arrangement,
+            )
         set_status(asked.folder, 'done', **{k: built[k] for k in ('images', 'parts', 'bytes')})
         return built | dict(seconds=round(time.time() - started, 1))
     except BaseException as e:
         set_stopped(asked.folder, e)
         raise
 
+
 def _help(asked):
-    with open_executor(asked.scheduler): pass       # the work is done at this line
-    if not (Path(asked.job.out)/'manifest.csv').exists(): raise RuntimeError(f'the first process did not finish the build in {asked.job.out}; its notebook says why')
+    with open_executor(asked.scheduler):
+        pass  # the work is done at this line
+    if not (Path(asked.job.out) / 'manifest.csv').exists():
+        raise RuntimeError(
+            f'the first process did not finish the build in {asked.job.out}; its notebook says why'
+        )
     return dict(folder=asked.job.out)
 
 # %% ../../nbs/app/06_builds.ipynb #dba35170
-def verify_build(asked:Asked) -> str:
+def verify_build(asked: Asked) -> str:
     "Reads the whole build again; `ValueError` names the first finding."
-    with open_executor(asked.scheduler, asked.workers) as executor: found = [] if asked.helper else verify(asked.job.out, 0, executor)
+    with open_executor(asked.scheduler, asked.workers) as executor:
+        found = [] if asked.helper else verify(asked.job.out, 0, executor)
     leave_mpi()
-    if asked.helper: return 'the first process tells what it found'
-    if found: raise ValueError(f'{len(found)} findings in {asked.job.out}, the first: {found[0].kind} {found[0].name}; fdsl_nb.build.verify.repair mends what was drawn')
+    if asked.helper:
+        return 'the first process tells what it found'
+    if found:
+        raise ValueError(
+            f'{len(found)} findings in {asked.job.out}, the first: {found[0].kind} {found[0].name}; fdsl_nb.build.verify.repair mends what was drawn'
+        )
     return f'{len(asked.job.plan):,} images in {asked.job.plan.parts:,} parts: every byte as the manifest says'
 
-def show_records(asked:Asked, rows:int=2, columns:int=8):
+
+def show_records(asked: Asked, rows: int = 2, columns: int = 8):
     "The first stored images, in their order on disk, read back; kept as `samples.png` in the run's folder."
     data = BuiltDataset(asked.job.out)
     images = data.plan.images_at(range(min(rows * columns, len(data)))).tolist()
-    figure = show_grid([[np.array(data[i][0]) for i in images[r:r + columns]] for r in range(0, len(images), columns)], scale=0.75)
-    if not asked.helper: figure.savefig(asked.folder.file('samples.png'), dpi=100)
+    figure = show_grid(
+        [
+            [np.array(data[i][0]) for i in images[r : r + columns]]
+            for r in range(0, len(images), columns)
+        ],
+        scale=0.75,
+    )
+    if not asked.helper:
+        figure.savefig(asked.folder.file('samples.png'), dpi=100)
     return figure

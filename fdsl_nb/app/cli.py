@@ -18,77 +18,95 @@ from .parameters import check_parameters, find_notebook, read_parameters, run_no
 def _mapping(text, option):
     from papermill.iorw import NoDatesSafeLoader
     import yaml
-    try: found = yaml.load(text, Loader=NoDatesSafeLoader) or {}
-    except yaml.YAMLError as e: raise ValueError(f'{option} is no YAML: {e}') from None
-    if isinstance(found, dict): return found
+
+    try:
+        found = yaml.load(text, Loader=NoDatesSafeLoader) or {}
+    except yaml.YAMLError as e:
+        raise ValueError(f'{option} is no YAML: {e}') from None
+    if isinstance(found, dict):
+        return found
     raise ValueError(f'{option} {text!r} names no parameter; write for example "epochs: 3"')
 
 # %% ../../nbs/app/09_cli.ipynb #07602c9b
-def asked_for(arguments:list) -> dict:
+def asked_for(arguments: list) -> dict:
     "The notebook parameters among papermill's options; `ArgumentError` for what is no option."
     from base64 import b64decode
     from click import UsageError
     from papermill.cli import papermill, _resolve_type
+
     words = ['in.ipynb', 'out.ipynb', *arguments]
-    try: options = papermill.make_context('fdsl run', words).params
-    except UsageError as e: raise argparse.ArgumentError(None, e.format_message()) from None
+    try:
+        options = papermill.make_context('fdsl run', words).params
+    except UsageError as e:
+        raise argparse.ArgumentError(None, e.format_message()) from None
     given = {}
-    for text in options['parameters_base64']: given |= _mapping(b64decode(text).decode(), '-b')
+    for text in options['parameters_base64']:
+        given |= _mapping(b64decode(text).decode(), '-b')
     for path in options['parameters_file']:
         given |= _mapping(Path(path).read_text('utf-8'), f'-f {path}')
-    for text in options['parameters_yaml']: given |= _mapping(text, '-y')
+    for text in options['parameters_yaml']:
+        given |= _mapping(text, '-y')
     given |= {name: _resolve_type(text) for name, text in options['parameters']}
     return given | dict(options['parameters_raw'])
 
 # %% ../../nbs/app/09_cli.ipynb #fe233196
-def folder_for(name:str, given:dict) -> Path:
+def folder_for(name: str, given: dict) -> Path:
     "The folder of a run: its parameter `run`, or the notebook, its data set and a digest."
     root = Path(machine_settings()['output_root'].value)
-    if given.get('run'): return root/given['run']
+    if given.get('run'):
+        return root / given['run']
     declared = read_parameters(name).get('dataset')
     about = given.get('dataset', declared and declared.default)
     digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:6]
-    return root/'-'.join([name, *[Path(str(about)).name] * bool(about), digest])
+    return root / '-'.join([name, *[Path(str(about)).name] * bool(about), digest])
 
 # %% ../../nbs/app/09_cli.ipynb #14538d5d
 def planned_command(
-    name:str,             # pretrain, finetune, …
-    arguments:list,       # papermill's options
-) -> list:                # of words
+    name: str,  # pretrain, finetune, …
+    arguments: list,  # papermill's options
+) -> list:  # of words
     "The papermill command for a run, its parameters checked and its output folder made."
     notebook = find_notebook(name)
     given = check_parameters(name, asked_for(arguments))
     from fdsl_nb.training.distributed import found_ranks
+
     folder, ranks = folder_for(name, given), found_ranks()
     folder.mkdir(parents=True, exist_ok=True)
     executed = f"{name}-rank{ranks['rank']}.ipynb" if ranks and ranks['rank'] else f'{name}.ipynb'
-    words = [sys.executable, '-m', 'papermill', str(notebook), str(folder/executed), *arguments]
-    if {'--log-output', '--progress-bar'} & set(arguments): return words
+    words = [sys.executable, '-m', 'papermill', str(notebook), str(folder / executed), *arguments]
+    if {'--log-output', '--progress-bar'} & set(arguments):
+        return words
     return [*words, '--log-output', '--no-progress-bar']
 
 # %% ../../nbs/app/09_cli.ipynb #5fdb7447
-def run_command(given:argparse.Namespace):
+def run_command(given: argparse.Namespace):
     "`fdsl run NAME …`: describes the notebook's parameters, or becomes papermill."
-    if {'-h', '--help'} & set(given.arguments): return print(described(given.name))
+    if {'-h', '--help'} & set(given.arguments):
+        return print(described(given.name))
     command = planned_command(given.name, given.arguments)
     print('run folder:', Path(command[4]).parent, flush=True)
     os.execv(command[0], command)
 
 # %% ../../nbs/app/09_cli.ipynb #e18f4fd0
-PAPERMILL = "All of papermill's options may follow, such as -y 'PARAMETER: {NAME: VALUE}' for a dict "\
+PAPERMILL = (
+    "All of papermill's options may follow, such as -y 'PARAMETER: {NAME: VALUE}' for a dict "
     "and -f FILE for parameters from a YAML file; papermill --help lists them."
+)
+
 
 def _parameter_lines(p, width, column=30):
     default = f' = {p.default!r}' if p.default is not None else ''
     head = f'  {p.name}: {p.type.__name__}{default}'
     body = textwrap.wrap(p.help, width - column, break_on_hyphens=False)
     below = [' ' * column + line for line in body]
-    if len(head) >= column or not body: return [head, *below]
+    if len(head) >= column or not body:
+        return [head, *below]
     return [f'{head:<{column}}{body[0]}', *below[1:]]
 
+
 def described(
-    name:str,             # pretrain, finetune, …
-    width:int=80,         # columns
+    name: str,  # pretrain, finetune, …
+    width: int = 80,  # columns
 ) -> str:
     "A notebook's parameters, to be read in a terminal."
     lines = [line for p in read_parameters(name).values() for line in _parameter_lines(p, width)]
@@ -98,25 +116,29 @@ def described(
     return '\n\n'.join([usage, f'{run_notebooks()[name]}.', '\n'.join(lines), options])
 
 # %% ../../nbs/app/09_cli.ipynb #ce4f7671
-def published_number(text:str) -> tuple: # label, percent
+def published_number(text: str) -> tuple:  # label, percent
     "A number with a name, from `LABEL=NUMBER`; `ValueError` shows how it is written."
     label, _, number = text.rpartition('=')
-    try: return label or number, float(number)
+    try:
+        return label or number, float(number)
     except ValueError:
         remedy = 'write for example --published RCDB-1k=97.0'
         raise ValueError(f'--published {text!r} is no number with a name; {remedy}') from None
 
-def compare_command(given:argparse.Namespace):
+
+def compare_command(given: argparse.Namespace):
     "`fdsl compare FOLDER …`: a table, the settings that differ, and a figure."
     published = dict(published_number(text) for text in given.published) or None
     from fdsl_nb.app.compare import print_comparison
+
     print_comparison(given.folders, published, given.figure)
 
 # %% ../../nbs/app/09_cli.ipynb #7b39eb8f
 def command_parser() -> argparse.ArgumentParser:
     "The parser of `fdsl`; what it returns has the function to call as `act`."
-    parser = argparse.ArgumentParser('fdsl',
-        description='Formula-driven supervised learning: runs, recipes, results.')
+    parser = argparse.ArgumentParser(
+        'fdsl', description='Formula-driven supervised learning: runs, recipes, results.'
+    )
     parser.add_argument('--version', action='version', version=f'fdsl {__version__}')
     words = parser.add_subparsers(metavar='COMMAND', required=True)
     _add_run(words)
@@ -127,39 +149,66 @@ def command_parser() -> argparse.ArgumentParser:
 # %% ../../nbs/app/09_cli.ipynb #feec84dd
 def _add_run(words):
     titles = [f'  {name:<12}{title}' for name, title in run_notebooks().items()]
-    run = words.add_parser('run', help='execute a run notebook',
+    run = words.add_parser(
+        'run',
+        help='execute a run notebook',
         usage='fdsl run NAME [-p PARAMETER VALUE] …',
         description='fdsl run NAME --help tells what a notebook may be asked.',
         epilog='\n'.join(['notebooks:', *titles]),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     run.add_argument('name', metavar='NAME', help='a notebook')
-    run.add_argument('arguments', nargs=argparse.REMAINDER, metavar='…',
-        help="papermill's options, e.g. -p dataset rcdb")
+    run.add_argument(
+        'arguments',
+        nargs=argparse.REMAINDER,
+        metavar='…',
+        help="papermill's options, e.g. -p dataset rcdb",
+    )
     run.set_defaults(act=run_command)
 
 # %% ../../nbs/app/09_cli.ipynb #f70ed0c8
 def _add_recipes(words):
-    recipes = words.add_parser('recipes', help='list published settings',
-        description='The published settings by paper, or all that one of them sets.')
-    recipes.add_argument('name', nargs='?', default='', metavar='NAME',
-        help='a recipe, e.g. rcdb1k_deit_tiny')
+    recipes = words.add_parser(
+        'recipes',
+        help='list published settings',
+        description='The published settings by paper, or all that one of them sets.',
+    )
+    recipes.add_argument(
+        'name', nargs='?', default='', metavar='NAME', help='a recipe, e.g. rcdb1k_deit_tiny'
+    )
     recipes.set_defaults(act=lambda given: print(recipe_listing(given.name)))
 
+
 def _add_compare(words):
-    compare = words.add_parser('compare', help='show runs side by side',
-        description='Runs side by side: a table, the settings that differ, and a figure.')
+    compare = words.add_parser(
+        'compare',
+        help='show runs side by side',
+        description='Runs side by side: a table, the settings that differ, and a figure.',
+    )
     compare.add_argument('folders', nargs='+', metavar='FOLDER', help='a run')
-    compare.add_argument('--published', action='append', default=[], metavar='LABEL=NUMBER',
-        help='a published top-1, percent')
-    compare.add_argument('--figure', default='compare.png', metavar='FILE',
-        help='file for the figure (png, pdf or svg)')
+    compare.add_argument(
+        '--published',
+        action='append',
+        default=[],
+        metavar='LABEL=NUMBER',
+        help='a published top-1, percent',
+    )
+    compare.add_argument(
+        '--figure',
+        default='compare.png',
+        metavar='FILE',
+        help='file for the figure (png, pdf or svg)',
+    )
     compare.set_defaults(act=compare_command)
 
 # %% ../../nbs/app/09_cli.ipynb #de5c5930
-def main(words:list=None):
+def main(words: list = None):
     "The command `fdsl`, with the words that follow it; those of the command line if None."
     parser = command_parser()
     given = parser.parse_args(words)
-    try: given.act(given)
-    except argparse.ArgumentError as e: parser.error(str(e))
-    except (TypeError, ValueError, OSError) as e: sys.exit(f'fdsl: {e}')
+    try:
+        given.act(given)
+    except argparse.ArgumentError as e:
+        parser.error(str(e))
+    except (TypeError, ValueError, OSError) as e:
+        sys.exit(f'fdsl: {e}')

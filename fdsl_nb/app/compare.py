@@ -19,167 +19,313 @@ from ..core.folder import RunFolder, read_config, read_summary
 @dataclass(frozen=True)
 class Run:
     "What a run's folder says at a moment."
+
     path: Path
-    state: str                                      # running, interrupted, paused, failed, done or damaged
-    status: dict = field(default_factory=dict)      # of `status.json`
-    config: dict = field(default_factory=dict)      # name → value
-    epochs: list = field(default_factory=list)      # rows of `summary.csv`
-    events: list = field(default_factory=list)      # of `log.jsonl`
-    result: dict = field(default_factory=dict)      # of `result.json`
+    state: str  # running, interrupted, paused, failed, done or damaged
+    status: dict = field(default_factory=dict)  # of `status.json`
+    config: dict = field(default_factory=dict)  # name → value
+    epochs: list = field(default_factory=list)  # rows of `summary.csv`
+    events: list = field(default_factory=list)  # of `log.jsonl`
+    result: dict = field(default_factory=dict)  # of `result.json`
+
     @property
-    def notebook(self) -> str: return self.config.get('stage') or next((p.stem for p in sorted(self.path.glob('*.ipynb'))), '')
+    def notebook(self) -> str:
+        return self.config.get('stage') or next(
+            (p.stem for p in sorted(self.path.glob('*.ipynb'))), ''
+        )
+
     @property
-    def reason(self) -> str: return self.status.get('reason', '')
+    def reason(self) -> str:
+        return self.status.get('reason', '')
+
 
 def _events(folder):
     path = folder.file('log.jsonl')
     return [json.loads(line) for line in path.read_text().split('\n')[:-1]] if path.exists() else []
 
-def _result(folder): return json.loads(folder.file('result.json').read_text()) if folder.file('result.json').exists() else {}
+
+def _result(folder):
+    return (
+        json.loads(folder.file('result.json').read_text())
+        if folder.file('result.json').exists()
+        else {}
+    )
 
 # %% ../../nbs/app/03_compare.ipynb #848bb2fb
-READ = dict(status=('status.json', lambda f: f.status), config=('config.json', read_config), epochs=('summary.csv', read_summary),
-    events=('log.jsonl', _events), result=('result.json', _result))
+READ = dict(
+    status=('status.json', lambda f: f.status),
+    config=('config.json', read_config),
+    epochs=('summary.csv', read_summary),
+    events=('log.jsonl', _events),
+    result=('result.json', _result),
+)
+
 
 def read_run(path) -> Run:
     "What a run's folder says; `FileNotFoundError` if it holds no run, `ValueError` names a damaged file."
     folder, found = RunFolder(path), {}
     if not folder.file('status.json').is_file():
         inside = [p.parent.name for p in sorted(Path(path).glob('*/status.json'))]
-        raise FileNotFoundError(f'{path} holds no run (no status.json)' + (f'; there are runs inside: {", ".join(inside[:5])}' if inside else '; correct the path'))
+        raise FileNotFoundError(
+            f'{path} holds no run (no status.json)'
+            + (
+                f'; there are runs inside: {", ".join(inside[:5])}'
+                if inside
+                else '; correct the path'
+            )
+        )
     for name, (file, read) in READ.items():
-        try: found[name] = read(folder)
+        try:
+            found[name] = read(folder)
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
-            raise ValueError(f'{folder.file(file)} is damaged ({type(e).__name__}: {e}); restore it, or run again with restart=True') from None
-        if not isinstance(found[name], list if name in ('epochs', 'events') else dict): raise ValueError(f'{folder.file(file)} is damaged: another kind of content; restore it')
+            raise ValueError(
+                f'{folder.file(file)} is damaged ({type(e).__name__}: {e}); restore it, or run again with restart=True'
+            ) from None
+        if not isinstance(found[name], list if name in ('epochs', 'events') else dict):
+            raise ValueError(f'{folder.file(file)} is damaged: another kind of content; restore it')
     return Run(Path(path), _state(folder), **found)
 
 # %% ../../nbs/app/03_compare.ipynb #66fac9e3
 def _state(folder):
-    try: return folder.state
-    except (KeyError, TypeError) as e: raise ValueError(f'{folder.file("status.json")} is damaged (no {e}); restore it, or run again with restart=True') from None
+    try:
+        return folder.state
+    except (KeyError, TypeError) as e:
+        raise ValueError(
+            f'{folder.file("status.json")} is damaged (no {e}); restore it, or run again with restart=True'
+        ) from None
 
-def find_runs(root, deep:int=4) -> list:
+
+def find_runs(root, deep: int = 4) -> list:
     "The folders of all runs under `root`, newest first; `FileNotFoundError` if there is no such folder."
-    if not Path(root).is_dir(): raise FileNotFoundError(f'{root} is no folder; name the output root, by default runs')
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f'{root} is no folder; name the output root, by default runs')
     found = []
     for place, folders, files in os.walk(root):
-        if 'status.json' in files: found.append(Path(place))
+        if 'status.json' in files:
+            found.append(Path(place))
         # what a build wrote may be thousands of class folders
         too_deep = len(Path(place).relative_to(root).parts) >= deep
-        folders[:] = [] if too_deep else [f for f in folders if f not in ('data', 'wandb') and not f.startswith(('.', 'replaced-'))]
-    return sorted(found, key=lambda p: (-(p/'status.json').stat().st_mtime, str(p)))
+        folders[:] = (
+            []
+            if too_deep
+            else [
+                f
+                for f in folders
+                if f not in ('data', 'wandb') and not f.startswith(('.', 'replaced-'))
+            ]
+        )
+    return sorted(found, key=lambda p: (-(p / 'status.json').stat().st_mtime, str(p)))
 
 # %% ../../nbs/app/03_compare.ipynb #0e00b921
 def seconds_left(
-    run:Run,
-    now:float=None,       # seconds since 1970
-) -> float|None:          # None if it is not running, or before there is something to go by
+    run: Run,
+    now: float = None,  # seconds since 1970
+) -> float | None:  # None if it is not running, or before there is something to go by
     "How long a run will go on."
     starts = [i for i, e in enumerate(run.events) if e.get('event') == 'start']
-    times = [e['time'] for e in run.events[starts[-1] if starts else 0:] if e.get('event') in ('start', 'epoch')]
+    times = [
+        e['time']
+        for e in run.events[starts[-1] if starts else 0 :]
+        if e.get('event') in ('start', 'epoch')
+    ]
     lasted = [b - a for a, b in zip(times, times[1:])][-5:]
-    if run.state != 'running' or not lasted or not run.epochs: return None
+    if run.state != 'running' or not lasted or not run.epochs:
+        return None
     left = run.config.get('epochs', 0) - run.epochs[-1]['epoch'] - 1
-    return max(0., left * statistics.median(lasted) - ((time.time() if now is None else now) - times[-1]))
+    return max(
+        0.0, left * statistics.median(lasted) - ((time.time() if now is None else now) - times[-1])
+    )
 
-def in_words(seconds:float|None) -> str:
+
+def in_words(seconds: float | None) -> str:
     "A duration as one reads it: 40 s, 12 min, 3 h 05 min, 2 d 4 h."
-    if seconds is None: return ''
+    if seconds is None:
+        return ''
     minutes = round(seconds / 60)
-    if seconds < 90: return f'{seconds:.0f} s'
-    if minutes < 100: return f'{minutes} min'
-    return f'{minutes // 60} h {minutes % 60:02d} min' if minutes < 48 * 60 else f'{minutes // 1440} d {minutes % 1440 // 60} h'
+    if seconds < 90:
+        return f'{seconds:.0f} s'
+    if minutes < 100:
+        return f'{minutes} min'
+    return (
+        f'{minutes // 60} h {minutes % 60:02d} min'
+        if minutes < 48 * 60
+        else f'{minutes // 1440} d {minutes % 1440 // 60} h'
+    )
 
 # %% ../../nbs/app/03_compare.ipynb #57b57148
-def top1_of(run:Run) -> float|None:
+def top1_of(run: Run) -> float | None:
     "The final accuracy, else ReaL's, else the latest one measured, percent; None without any."
     latest = [row['eval_top1'] for row in run.epochs if row.get('eval_top1') is not None]
-    return next((run.result[k] for k in ('top1', 'real_top1') if run.result.get(k) is not None), latest[-1] if latest else None)
+    return next(
+        (run.result[k] for k in ('top1', 'real_top1') if run.result.get(k) is not None),
+        latest[-1] if latest else None,
+    )
 
-def run_row(run:Run, name:str=None) -> dict:
+
+def run_row(run: Run, name: str = None) -> dict:
     "A run in a line: state, what was asked, epoch, loss, top-1, speed and time left."
-    c, last, speeds = run.config, run.epochs[-1] if run.epochs else {}, [e['images_per_second'] for e in run.events if 'images_per_second' in e]
-    weights, total, rounded = Path(str(c.get('weights') or '')), c.get('epochs'), lambda x, digits: None if x is None else round(x, digits)
-    return {'run': name or run.path.name, 'state': run.state, 'notebook': run.notebook, 'dataset': Path(str(c.get('dataset', ''))).name, 'recipe': c.get('name', ''),
-        'weights': weights.parent.name or weights.name, 'seed': c.get('seed', ''), 'epoch': f"{last.get('epoch', -1) + 1}/{total}" if total else '',
-        'loss': rounded(last.get('train_loss', run.result.get('loss')), 4), 'top1': rounded(top1_of(run), 2), 'images/s': round(speeds[-1]) if speeds else None,
-        'left': in_words(seconds_left(run))}
+    c, last, speeds = (
+        run.config,
+        run.epochs[-1] if run.epochs else {},
+        [e['images_per_second'] for e in run.events if 'images_per_second' in e],
+    )
+    weights, total, rounded = (
+        Path(str(c.get('weights') or '')),
+        c.get('epochs'),
+        lambda x, digits: None if x is None else round(x, digits),
+    )
+    return {
+        'run': name or run.path.name,
+        'state': run.state,
+        'notebook': run.notebook,
+        'dataset': Path(str(c.get('dataset', ''))).name,
+        'recipe': c.get('name', ''),
+        'weights': weights.parent.name or weights.name,
+        'seed': c.get('seed', ''),
+        'epoch': f"{last.get('epoch', -1) + 1}/{total}" if total else '',
+        'loss': rounded(last.get('train_loss', run.result.get('loss')), 4),
+        'top1': rounded(top1_of(run), 2),
+        'images/s': round(speeds[-1]) if speeds else None,
+        'left': in_words(seconds_left(run)),
+    }
 
 # %% ../../nbs/app/03_compare.ipynb #3c7a3faf
 def published_of(
-    configs:list,         # of runs: dicts name → value
-) -> dict:                # label → top-1, percent
+    configs: list,  # of runs: dicts name → value
+) -> dict:  # label → top-1, percent
     "The numbers that the papers of these runs' recipes reported for the data sets they ran on."
     found = {}
     for c in configs:
         names = (c.get('dataset'), 'imagenet1k' if c.get('dataset') == 'imagenet' else None)
         for name, number in (c.get('published') or {}).items():
-            if name in names: found[f"{c.get('name') or 'recipe'} as published"] = number
+            if name in names:
+                found[f"{c.get('name') or 'recipe'} as published"] = number
     return found
 
 # %% ../../nbs/app/03_compare.ipynb #5225f650
-def short_names(paths:list) -> list:
+def short_names(paths: list) -> list:
     "The paths without what they have in common; a single one by its last part."
     paths = [Path(p).resolve() for p in paths]
-    if len(paths) == 1: return [paths[0].name]
+    if len(paths) == 1:
+        return [paths[0].name]
     top = os.path.commonpath([p.parent for p in paths]) if paths else ''
     return [str(p.relative_to(top)) for p in paths]
 
+
 def compare_table(
-    folders:list,         # of runs
-    published:dict=None,  # label → top-1 of a paper, percent; those of the runs' recipes if None
-) -> pd.DataFrame:        # a row a run, then a row a published number
+    folders: list,  # of runs
+    published: dict = None,  # label → top-1 of a paper, percent; those of the runs' recipes if None
+) -> pd.DataFrame:  # a row a run, then a row a published number
     "Runs as a table; raises what `read_run` raises."
     runs = [read_run(f) for f in folders]
     rows = [run_row(run, name) for run, name in zip(runs, short_names(folders))]
-    rows += [dict(run=label, state='published', top1=number) for label, number in (published_of([r.config for r in runs]) if published is None else published).items()]
-    table = pd.DataFrame(rows, columns=['run', *dict.fromkeys(k for row in rows for k in row if k != 'run')]).set_index('run').astype(object)
+    rows += [
+        dict(run=label, state='published', top1=number)
+        for label, number in (
+            published_of([r.config for r in runs]) if published is None else published
+        ).items()
+    ]
+    table = (
+        pd.DataFrame(
+            rows, columns=['run', *dict.fromkeys(k for row in rows for k in row if k != 'run')]
+        )
+        .set_index('run')
+        .astype(object)
+    )
     table = table.where(table.notna(), '')
     return table[[c for c in table if any(table[c] != '')]]
 
 # %% ../../nbs/app/03_compare.ipynb #38367c92
-PLACES = ('folder', 'restart', 'workers', 'processes', 'export', 'save_inputs', 'history', 'hold', 'recovery', 'pause',
-    'wandb_mode', 'wandb_entity', 'wandb_project', 'wandb_group')      # say nothing about what is learned
+PLACES = (
+    'folder',
+    'restart',
+    'workers',
+    'processes',
+    'export',
+    'save_inputs',
+    'history',
+    'hold',
+    'recovery',
+    'pause',
+    'wandb_mode',
+    'wandb_entity',
+    'wandb_project',
+    'wandb_group',
+)  # say nothing about what is learned
 
-def differences(folders:list) -> pd.DataFrame: # a row a setting, a column a run
+
+def differences(folders: list) -> pd.DataFrame:  # a row a setting, a column a run
     "The settings that all runs have and in which they differ."
     configs = [read_run(f).config for f in folders]
-    keys = [k for k in (configs[0] if configs else ()) if k not in PLACES and all(k in c for c in configs)]
+    keys = [
+        k
+        for k in (configs[0] if configs else ())
+        if k not in PLACES and all(k in c for c in configs)
+    ]
     differ = [k for k in keys if len({json.dumps(c[k], sort_keys=True) for c in configs}) > 1]
-    shown = lambda value: f'{value:.6g}' if isinstance(value, float) else str(value)
-    return pd.DataFrame([[shown(c[k]) for c in configs] for k in differ], index=pd.Index(differ, name='setting', dtype=str), columns=short_names(folders))
+
+    def shown(value):
+        return f'{value:.6g}' if isinstance(value, float) else str(value)
+
+    return pd.DataFrame(
+        [[shown(c[k]) for c in configs] for k in differ],
+        index=pd.Index(differ, name='setting', dtype=str),
+        columns=short_names(folders),
+    )
 
 # %% ../../nbs/app/03_compare.ipynb #406ce642
 def compare_figure(
-    folders:list,         # of runs
-    published:dict=None,  # label → top-1 of a paper, percent; those of the runs' recipes if None
+    folders: list,  # of runs
+    published: dict = None,  # label → top-1 of a paper, percent; those of the runs' recipes if None
 ) -> Figure:
     "Losses, accuracies and final accuracies of runs; raises what `read_run` raises."
     runs, names = [read_run(f) for f in folders], short_names(folders)
-    published, ends = published_of([r.config for r in runs]) if published is None else published, [top1_of(r) for r in runs]
+    published, ends = (
+        published_of([r.config for r in runs]) if published is None else published,
+        [top1_of(r) for r in runs],
+    )
     measured = bool(published) or any(e is not None for e in ends)
-    figure = Figure(figsize=(10.5 if measured else 5, max(2.8, 1.4 + 0.24 * (len(runs) + len(published)))), layout='constrained')
+    figure = Figure(
+        figsize=(10.5 if measured else 5, max(2.8, 1.4 + 0.24 * (len(runs) + len(published)))),
+        layout='constrained',
+    )
     axes = figure.subplots(1, 3 if measured else 1, squeeze=False)[0]
     for run, name, colour in zip(runs, names, _colours(len(runs))):
         _line(axes[0], run, 'train_loss', colour, '-', name)
         _line(axes[0], run, 'eval_loss', colour, '--')
-        if measured: _line(axes[1], run, 'eval_top1', colour, '-')
+        if measured:
+            _line(axes[1], run, 'eval_top1', colour, '-')
     axes[0].set(xlabel='epoch', ylabel='loss')
-    if measured: _finish(axes[1], axes[2], names, ends, published)
-    else: axes[0].legend(fontsize=7)
+    if measured:
+        _finish(axes[1], axes[2], names, ends, published)
+    else:
+        axes[0].legend(fontsize=7)
     return figure
 
 # %% ../../nbs/app/03_compare.ipynb #1d32948b
-def _colours(n): return [f'C{i}' for i in range(n)] if n <= 10 else [(0.9 * i / n, 0.3, 1 - 0.9 * i / n) for i in range(n)]
+def _colours(n):
+    return (
+        [f'C{i}' for i in range(n)]
+        if n <= 10
+        else [(0.9 * i / n, 0.3, 1 - 0.9 * i / n) for i in range(n)]
+    )
+
 
 def _line(ax, run, column, colour, style, label=None):
     points = [(row['epoch'] + 1, row[column]) for row in run.epochs if row.get(column) is not None]
-    ax.plot(*(zip(*points) if points else ((), ())), style, color=colour, lw=1.3, marker='.' if len(points) < 2 else None, label=label)
+    ax.plot(
+        *(zip(*points) if points else ((), ())),
+        style,
+        color=colour,
+        lw=1.3,
+        marker='.' if len(points) < 2 else None,
+        label=label,
+    )
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.grid(alpha=.3)
+    ax.grid(alpha=0.3)
 
-def png_of(figure:Figure, dpi:int=90) -> bytes:
+
+def png_of(figure: Figure, dpi: int = 90) -> bytes:
     "A figure as a PNG; any thread may call it, since pyplot has no part in it."
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=dpi)
@@ -190,31 +336,40 @@ def _finish(curves, final, names, ends, published):
     "The accuracy axes: published lines through both, and a point for each end, the best one's number written beside it."
     curves.set(xlabel='epoch', ylabel='top-1 on val, %')
     for i, (end, colour) in enumerate(zip(ends, _colours(len(ends)))):
-        if end is None: continue
+        if end is None:
+            continue
         final.plot(end, i, 'o', color=colour)
-        final.annotate(f'{end:.1f}', (end, i), xytext=(5, 3), textcoords='offset points', fontsize=7)
+        final.annotate(
+            f'{end:.1f}', (end, i), xytext=(5, 3), textcoords='offset points', fontsize=7
+        )
     for i, number in enumerate(published.values(), len(names)):
         final.plot(number, i, 'k|')
         final.axvline(number, color='k', ls=':', lw=1)
         curves.axhline(number, color='k', ls=':', lw=1)
     final.set_yticks(range(len(names) + len(published)), [*names, *published], fontsize=8)
-    final.set(ylim=(len(names) + len(published) - .5, -.5), xlabel='final top-1, %')
-    final.margins(x=.15)
-    final.grid(alpha=.3, axis='x')
+    final.set(ylim=(len(names) + len(published) - 0.5, -0.5), xlabel='final top-1, %')
+    final.margins(x=0.15)
+    final.grid(alpha=0.3, axis='x')
 
 # %% ../../nbs/app/03_compare.ipynb #2d14198c
-SHOWN = {'display.width': None, 'display.max_columns': None, 'display.max_rows': None,
-    'display.float_format': '{:.4g}'.format}
+SHOWN = {
+    'display.width': None,
+    'display.max_columns': None,
+    'display.max_rows': None,
+    'display.float_format': '{:.4g}'.format,
+}
+
 
 def print_comparison(
-    folders:list,         # of runs
-    published:dict=None,  # label → top-1 of a paper, percent; those of the runs' recipes if None
-    figure:str='compare.png',   # file for the figure: png, pdf or svg
+    folders: list,  # of runs
+    published: dict = None,  # label → top-1 of a paper, percent; those of the runs' recipes if None
+    figure: str = 'compare.png',  # file for the figure: png, pdf or svg
 ):
     "Prints the table and the settings that differ, and leaves the figure; raises what `read_run` raises."
     with pd.option_context(*[word for option in SHOWN.items() for word in option]):
         print(compare_table(folders, published))
-        if len(folders) > 1: print('\nwhere they differ:', differences(folders), sep='\n')
+        if len(folders) > 1:
+            print('\nwhere they differ:', differences(folders), sep='\n')
     Path(figure).parent.mkdir(parents=True, exist_ok=True)
     compare_figure(folders, published).savefig(figure, dpi=120)
     print('\nfigure:', figure)

@@ -15,7 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import pandas as pd, yaml
 from ..core.settings import Resolved, did_you_mean
-from ..core.folder import RunFolder, read_summary, refuse_other_run, set_aside, set_status, set_stopped, whole_file, write_config
+from fdsl_nb.core.folder import (
+    RunFolder,
+    read_summary,
+    refuse_other_run,
+    set_aside,
+    set_status,
+    set_stopped,
+    whole_file,
+    write_config,
+)
 from ..data.datasets import is_formula, open_dataset
 from ..training.plan import Recipe
 from ..training.recipes import FINETUNE, PRETRAIN, recipe
@@ -29,240 +38,415 @@ from .report import kept, show_ends, summarise
 @dataclass(frozen=True)
 class Step:
     "One notebook of an experiment."
-    name: str             # its folder, below the experiment's
+
+    name: str  # its folder, below the experiment's
     notebook: str
     parameters: dict = field(default_factory=dict)
-    takes: dict = field(default_factory=dict)       # parameter → what an earlier step leaves, below the experiment's folder
+    takes: dict = field(
+        default_factory=dict
+    )  # parameter → what an earlier step leaves, below the experiment's folder
+
     @property
-    def start(self) -> str: return self.name.split('/')[0]
-    def follows(self, other) -> bool: return any(Path(place).is_relative_to(other.name) for place in self.takes.values())
+    def start(self) -> str:
+        return self.name.split('/')[0]
+
+    def follows(self, other) -> bool:
+        return any(Path(place).is_relative_to(other.name) for place in self.takes.values())
 
 # %% ../../nbs/app/08_experiments.ipynb #fe7d3534
 def identity(
-    step:Step,
-    steps:list,           # the whole plan
+    step: Step,
+    steps: list,  # the whole plan
 ) -> str:
     "A digest of everything that decides what a step leaves."
     before = [identity(s, steps) for s in steps if step.follows(s)]
     decides = {k: v for k, v in step.parameters.items() if k not in FREE}
-    return hashlib.sha256(json.dumps([step.notebook, decides, step.takes, before], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps([step.notebook, decides, step.takes, before], sort_keys=True).encode()
+    ).hexdigest()[:16]
 
 # %% ../../nbs/app/08_experiments.ipynb #3a8fdc02
-OWN = ('recipe', 'dataset', 'budget', 'seed', 'seeds', 'scratch', 'weights', 'run', 'restart', 'pause')
+OWN = (
+    'recipe',
+    'dataset',
+    'budget',
+    'seed',
+    'seeds',
+    'scratch',
+    'weights',
+    'run',
+    'restart',
+    'pause',
+)
+
 
 def passed_on(
-    stage:str,            # pretrain or finetune
-    values:dict,          # parameters of `reproduce.ipynb`
+    stage: str,  # pretrain or finetune
+    values: dict,  # parameters of `reproduce.ipynb`
 ) -> dict:
     "What a stage's notebook is told besides; `TypeError` for what it cannot be told, or not from here."
     given = values[stage] or {}
     for name in given:
-        if name in OWN: raise TypeError(f'{stage}: {name}={given[name]!r}: the experiment decides this; see the parameters of reproduce.ipynb')
+        if name in OWN:
+            raise TypeError(
+                f'{stage}: {name}={given[name]!r}: the experiment decides this; see the parameters of reproduce.ipynb'
+            )
     shared = {k: values[k] for k in ('processes', 'workers') if values.get(k) is not None}
     return dict(budget=values['budget']) | shared | check_parameters(stage, given)
 
 # %% ../../nbs/app/08_experiments.ipynb #ad3c7a2f
-def build_step(r:Recipe, values:dict) -> Step:
+def build_step(r: Recipe, values: dict) -> Step:
     "The step that writes a recipe's images to disk."
-    if not is_formula(r.dataset): raise ValueError(f'online=False: recipe={r.name!r} trains on {r.dataset!r}, which no formula draws; leave online at True')
+    if not is_formula(r.dataset):
+        raise ValueError(
+            f'online=False: recipe={r.name!r} trains on {r.dataset!r}, which no formula draws; leave online at True'
+        )
     told = passed_on('pretrain', values)
     knobs = (r.knobs if values['budget'] == 'paper' else {}) | told.get('knobs', {})
-    images = {k: told[k] for k in (*KNOBS, 'workers') if k in told} | (dict(knobs=knobs) if knobs else {})
-    return Step(f'{r.name}/build', 'build', dict(dataset=r.dataset, budget=values['budget'], seed=values['seed']) | images)
+    images = {k: told[k] for k in (*KNOBS, 'workers') if k in told} | (
+        dict(knobs=knobs) if knobs else {}
+    )
+    return Step(
+        f'{r.name}/build',
+        'build',
+        dict(dataset=r.dataset, budget=values['budget'], seed=values['seed']) | images,
+    )
 
-def pretrain_steps(r:Recipe, seed:int, values:dict) -> list:
+
+def pretrain_steps(r: Recipe, seed: int, values: dict) -> list:
     "The steps up to a recipe's pre-trained weights: (a build and) a training."
-    told, name = dict(recipe=r.name, seed=seed) | passed_on('pretrain', values), f'{r.name}/pretrain-{seed}'
-    if values['online']: return [Step(name, 'pretrain', told)]
+    told, name = (
+        dict(recipe=r.name, seed=seed) | passed_on('pretrain', values),
+        f'{r.name}/pretrain-{seed}',
+    )
+    if values['online']:
+        return [Step(name, 'pretrain', told)]
     told = {k: v for k, v in told.items() if k not in (*KNOBS, 'knobs')}
-    return [build_step(r, values), Step(name, 'pretrain', told, dict(dataset=f'{r.name}/build/data'))]
+    return [
+        build_step(r, values),
+        Step(name, 'pretrain', told, dict(dataset=f'{r.name}/build/data')),
+    ]
 
 # %% ../../nbs/app/08_experiments.ipynb #0d9d166e
-def settings_of(step:Step) -> dict: # name → value
+def settings_of(step: Step) -> dict:  # name → value
     "The configuration that a step's notebook will make of its parameters, the weights it takes left aside."
-    return {k: v.value for k, v in configuration(step.notebook, check_parameters(step.notebook, step.parameters), RunFolder('.')).items()}
+    return {
+        k: v.value
+        for k, v in configuration(
+            step.notebook, check_parameters(step.notebook, step.parameters), RunFolder('.')
+        ).items()
+    }
 
-def weights_of(step:Step) -> str:
+
+def weights_of(step: Step) -> str:
     "Where a training leaves its result, below the experiment's folder."
-    return f"{step.name}/{'last' if settings_of(step)['best_by'] == 'last' else 'model_best'}.pth.tar"
+    return (
+        f"{step.name}/{'last' if settings_of(step)['best_by'] == 'last' else 'model_best'}.pth.tar"
+    )
 
 # %% ../../nbs/app/08_experiments.ipynb #3babb114
-def finetune_recipe(r:Recipe, values:dict) -> Recipe:
+def finetune_recipe(r: Recipe, values: dict) -> Recipe:
     "The fine-tuning that goes with a pre-training."
-    if values['finetune_recipe']: return recipe(values['finetune_recipe'], 'finetune')
-    return next((f for f in FINETUNE if f.paper == r.paper), recipe('finetune_cvpr2023', 'finetune'))
+    if values['finetune_recipe']:
+        return recipe(values['finetune_recipe'], 'finetune')
+    return next(
+        (f for f in FINETUNE if f.paper == r.paper), recipe('finetune_cvpr2023', 'finetune')
+    )
+
 
 def finetune_steps(
-    start:str,            # first part of the steps' names
-    seed:int,
-    told:dict,            # parameters of `finetune.ipynb`
-    weights:str='',       # an earlier step's result, '' for random weights
-    processes:dict=None,  # processes and workers, where given
+    start: str,  # first part of the steps' names
+    seed: int,
+    told: dict,  # parameters of `finetune.ipynb`
+    weights: str = '',  # an earlier step's result, '' for random weights
+    processes: dict = None,  # processes and workers, where given
 ) -> list:
     "A fine-tuning and its evaluation."
-    tuned = Step(f'{start}/finetune-{seed}', 'finetune', dict(seed=seed, scratch=False) | told, dict(weights=weights) if weights else {})
+    tuned = Step(
+        f'{start}/finetune-{seed}',
+        'finetune',
+        dict(seed=seed, scratch=False) | told,
+        dict(weights=weights) if weights else {},
+    )
     averaged = dict(ema=True) if settings_of(tuned)['ema'] else {}
-    return [tuned, Step(f'{start}/evaluate-{seed}', 'evaluate', averaged | (processes or {}), dict(weights=weights_of(tuned)))]
+    return [
+        tuned,
+        Step(
+            f'{start}/evaluate-{seed}',
+            'evaluate',
+            averaged | (processes or {}),
+            dict(weights=weights_of(tuned)),
+        ),
+    ]
 
 # %% ../../nbs/app/08_experiments.ipynb #91010b85
-def told_to_finetune(r:Recipe, values:dict) -> dict:
+def told_to_finetune(r: Recipe, values: dict) -> dict:
     "The parameters of a recipe's fine-tuning, without seed and weights."
-    return dict(recipe=finetune_recipe(r, values).name, dataset=values['finetune_data']) | passed_on('finetune', values)
+    return dict(
+        recipe=finetune_recipe(r, values).name, dataset=values['finetune_data']
+    ) | passed_on('finetune', values)
 
-def told_to_scratch(r:Recipe, values:dict) -> dict:
+
+def told_to_scratch(r: Recipe, values: dict) -> dict:
     "The same for random weights, which bring no network along."
-    told, before = told_to_finetune(r, values), settings_of(pretrain_steps(r, values['seed'], values)[-1])
-    if 'model' in told: return told
+    told, before = (
+        told_to_finetune(r, values),
+        settings_of(pretrain_steps(r, values['seed'], values)[-1]),
+    )
+    if 'model' in told:
+        return told
     options = dict(model_options=before['model_options']) | told.get('options', {})
-    return dict(model=before['model'], image_size=before['image_size']) | told | dict(options=options)
+    return (
+        dict(model=before['model'], image_size=before['image_size']) | told | dict(options=options)
+    )
 
 # %% ../../nbs/app/08_experiments.ipynb #eedd48f0
-def plan_steps(values:dict) -> list:
+def plan_steps(values: dict) -> list:
     "All steps of an experiment, in an order in which they can run."
-    steps, found, first = [], [recipe(name) for name in dict.fromkeys(values['recipe'])], values['seed']
+    steps, found, first = (
+        [],
+        [recipe(name) for name in dict.fromkeys(values['recipe'])],
+        values['seed'],
+    )
     shared = {k: values[k] for k in ('processes', 'workers') if values.get(k) is not None}
     seeds = range(first, first + values['seeds'])
     for r in found:
         for seed in seeds:
             before = pretrain_steps(r, seed if values['every_seed'] else first, values)
             steps += [s for s in before if s not in steps]
-            steps += finetune_steps(r.name, seed, told_to_finetune(r, values), weights_of(before[-1]), shared)
+            steps += finetune_steps(
+                r.name, seed, told_to_finetune(r, values), weights_of(before[-1]), shared
+            )
     from_scratch = []
-    for told in (told_to_scratch(r, values) for r in found): from_scratch += [told] * (told not in from_scratch)
+    for told in (told_to_scratch(r, values) for r in found):
+        from_scratch += [told] * (told not in from_scratch)
     for n, told in enumerate(from_scratch if values['scratch'] else (), 1):
-        for seed in seeds: steps += finetune_steps('scratch' if n == 1 else f'scratch-{n}', seed, told, '', shared)
+        for seed in seeds:
+            steps += finetune_steps('scratch' if n == 1 else f'scratch-{n}', seed, told, '', shared)
     return steps
 
 # %% ../../nbs/app/08_experiments.ipynb #1da634f0
-def published_beside(values:dict) -> dict: # recipe → top-1, percent
+def published_beside(values: dict) -> dict:  # recipe → top-1, percent
     "The published numbers that belong beside an experiment's rows; `ValueError` for a data set that no paper reports."
     known = sorted({k for r in PRETRAIN for k in r.published})
-    asked = values['published_for'] or {'imagenet': 'imagenet1k'}.get(Path(values['finetune_data']).stem, Path(values['finetune_data']).stem)
-    if values['published_for'] and asked not in known: raise ValueError(f'published_for={asked!r} is reported by no paper' + did_you_mean(asked, known))
-    return {name: recipe(name).published[asked] for name in values['recipe'] if asked in recipe(name).published}
+    asked = values['published_for'] or {'imagenet': 'imagenet1k'}.get(
+        Path(values['finetune_data']).stem, Path(values['finetune_data']).stem
+    )
+    if values['published_for'] and asked not in known:
+        raise ValueError(
+            f'published_for={asked!r} is reported by no paper' + did_you_mean(asked, known)
+        )
+    return {
+        name: recipe(name).published[asked]
+        for name in values['recipe']
+        if asked in recipe(name).published
+    }
 
 # %% ../../nbs/app/08_experiments.ipynb #9c946a70
 @dataclass(frozen=True)
 class Experiment:
     "A plan, and the folder it is carried out in."
-    folder: RunFolder
-    values: dict          # parameters of `reproduce.ipynb`
-    steps: list
-    given: tuple = ()     # names of the parameters that somebody gave
-    def place(self, step:Step) -> Path: return self.folder.file(step.name)
-    def told(self, step:Step) -> dict:
-        group = dict(wandb_group=self.folder.path.resolve().name) if step.notebook in ('pretrain', 'finetune') else {}
-        return group | step.parameters | {k: str(self.folder.file(place)) for k, place in step.takes.items()}
 
-def read_step(e:Experiment, step:Step) -> dict:
+    folder: RunFolder
+    values: dict  # parameters of `reproduce.ipynb`
+    steps: list
+    given: tuple = ()  # names of the parameters that somebody gave
+
+    def place(self, step: Step) -> Path:
+        return self.folder.file(step.name)
+
+    def told(self, step: Step) -> dict:
+        group = (
+            dict(wandb_group=self.folder.path.resolve().name)
+            if step.notebook in ('pretrain', 'finetune')
+            else {}
+        )
+        return (
+            group
+            | step.parameters
+            | {k: str(self.folder.file(place)) for k, place in step.takes.items()}
+        )
+
+
+def read_step(e: Experiment, step: Step) -> dict:
     "What `step.json` says; empty if there is none, `ValueError` if it is damaged."
-    path = e.place(step)/'step.json'
-    if not path.exists(): return {}
-    try: said = json.loads(path.read_text())
-    except ValueError as error: raise ValueError(f'{path} is damaged ({error}); remove it to run this step again') from None
-    if not isinstance(said, dict) or not {'state', 'identity', 'parameters'} <= set(said): raise ValueError(f'{path} is damaged: not what a step writes; remove it to run this step again')
+    path = e.place(step) / 'step.json'
+    if not path.exists():
+        return {}
+    try:
+        said = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f'{path} is damaged ({error}); remove it to run this step again') from None
+    if not isinstance(said, dict) or not {'state', 'identity', 'parameters'} <= set(said):
+        raise ValueError(
+            f'{path} is damaged: not what a step writes; remove it to run this step again'
+        )
     return said
 
 # %% ../../nbs/app/08_experiments.ipynb #35127e78
-def write_step(e:Experiment, step:Step, state:str):
+def write_step(e: Experiment, step: Step, state: str):
     "Writes `step.json`: begun or done, and what this step is."
     e.place(step).mkdir(parents=True, exist_ok=True)
-    said = dict(state=state, identity=identity(step, e.steps), notebook=step.notebook, parameters=step.parameters, takes=step.takes)
-    with whole_file(e.place(step)/'step.json', 'w') as f: json.dump(said, f, indent=1)
+    said = dict(
+        state=state,
+        identity=identity(step, e.steps),
+        notebook=step.notebook,
+        parameters=step.parameters,
+        takes=step.takes,
+    )
+    with whole_file(e.place(step) / 'step.json', 'w') as f:
+        json.dump(said, f, indent=1)
 
-def state_of(e:Experiment, step:Step) -> str:
+
+def state_of(e: Experiment, step: Step) -> str:
     "new, begun or done; `other` where the folder holds a step that was told something else."
     said = read_step(e, step)
-    return said.get('state', 'new') if not said or said['identity'] == identity(step, e.steps) else 'other'
+    return (
+        said.get('state', 'new')
+        if not said or said['identity'] == identity(step, e.steps)
+        else 'other'
+    )
 
 # %% ../../nbs/app/08_experiments.ipynb #723af4b5
-def refuse_other_steps(e:Experiment):
+def refuse_other_steps(e: Experiment):
     "`ValueError` names the first step, and the parameter in it, that was carried out otherwise in this folder."
     for step in e.steps:
-        if state_of(e, step) != 'other': continue
+        if state_of(e, step) != 'other':
+            continue
         then, now = read_step(e, step)['parameters'], step.parameters
         differ = [k for k in then | now if then.get(k) != now.get(k) and k not in FREE]
-        how = f'{differ[0]}={then.get(differ[0])!r} there, {differ[0]}={now.get(differ[0])!r} here' if differ else 'from other weights or images'
-        raise ValueError(f'{e.place(step)} holds another {step.notebook} step: {how}; choose another folder, or pass restart=True to set it and what follows from it aside')
+        how = (
+            f'{differ[0]}={then.get(differ[0])!r} there, {differ[0]}={now.get(differ[0])!r} here'
+            if differ
+            else 'from other weights or images'
+        )
+        raise ValueError(
+            f'{e.place(step)} holds another {step.notebook} step: {how}; choose another folder, or pass restart=True to set it and what follows from it aside'
+        )
 
 # %% ../../nbs/app/08_experiments.ipynb #166de195
-def planned(values:dict, folder:RunFolder, given:tuple=()) -> Experiment:
+def planned(values: dict, folder: RunFolder, given: tuple = ()) -> Experiment:
     "The experiment that the parameters mean; raises what is wrong with them, with the data or with the folder."
-    if values['seeds'] < 1: raise ValueError(f"seeds={values['seeds']}: at least one is needed; write 1")
-    if found_ranks(): raise ValueError(f"{found_ranks()['launcher']} started several processes; start reproduce.ipynb once, with processes={found_ranks()['world']}")
+    if values['seeds'] < 1:
+        raise ValueError(f"seeds={values['seeds']}: at least one is needed; write 1")
+    if found_ranks():
+        raise ValueError(
+            f"{found_ranks()['launcher']} started several processes; start reproduce.ipynb once, with processes={found_ranks()['world']}"
+        )
     e = Experiment(folder, values, plan_steps(values), given)
-    for step in e.steps: check_parameters(step.notebook, step.parameters)
+    for step in e.steps:
+        check_parameters(step.notebook, step.parameters)
     published_beside(values)
     open_dataset(values['finetune_data'], data=(values['finetune'] or {}).get('data') or '')
     refuse_other_run(folder, {})
-    if not values['restart']: refuse_other_steps(e)
+    if not values['restart']:
+        refuse_other_steps(e)
     return e
 
 # %% ../../nbs/app/08_experiments.ipynb #ead036fb
 def start_experiment(
-    namespace:dict,       # the notebook's globals()
+    namespace: dict,  # the notebook's globals()
 ) -> Experiment:
     "Checks the parameters of `reproduce.ipynb` and makes the plan; any slip is recorded as a failed run and raised."
-    folder = run_folder('reproduce', dict(run=namespace.get('run'), dataset=namespace.get('finetune_data')))
+    folder = run_folder(
+        'reproduce', dict(run=namespace.get('run'), dataset=namespace.get('finetune_data'))
+    )
     try:
         values = declared_values('reproduce', namespace)
         return planned(values, folder, tuple(given_values('reproduce', namespace)))
     except Exception as error:
-        if folder.state in ('new', 'failed'): set_stopped(folder, error)
+        if folder.state in ('new', 'failed'):
+            set_stopped(folder, error)
         raise
 
 # %% ../../nbs/app/08_experiments.ipynb #03b7f3b5
-def show_steps(e:Experiment) -> pd.DataFrame:
+def show_steps(e: Experiment) -> pd.DataFrame:
     "Every step: its state, its notebook, what it is told besides the budget, what it takes."
-    told = lambda s: ', '.join(f'{k}={v}' for k, v in s.parameters.items() if k not in ('budget', 'scratch', *FREE))
-    rows = [(s.name, state_of(e, s), s.notebook, told(s), ', '.join(s.takes.values())) for s in e.steps]
-    return pd.DataFrame(rows, columns=['step', 'state', 'notebook', 'told', 'takes']).set_index('step')
+
+    def told(s):
+        return ', '.join(
+            f'{k}={v}' for k, v in s.parameters.items() if k not in ('budget', 'scratch', *FREE)
+        )
+
+    rows = [
+        (s.name, state_of(e, s), s.notebook, told(s), ', '.join(s.takes.values())) for s in e.steps
+    ]
+    return pd.DataFrame(rows, columns=['step', 'state', 'notebook', 'told', 'takes']).set_index(
+        'step'
+    )
 
 # %% ../../nbs/app/08_experiments.ipynb #3757736a
 # the word papermill is there for `executed_path`, which looks for it
 _START = 'import sys; from fdsl_nb.training.distributed import leave_with_parent; from papermill.cli import papermill; leave_with_parent(); papermill(sys.argv[2:])'
 
-def run_notebook(e:Experiment, step:Step):
+
+def run_notebook(e: Experiment, step: Step):
     "Executes a step's notebook; `RuntimeError` says why it failed."
-    folder, log = e.place(step), e.place(step)/'papermill.log'
-    words = [sys.executable, '-c', _START, 'papermill', str(find_notebook(step.notebook)), str(folder/f'{step.notebook}.ipynb'), '--log-output', '--no-progress-bar']
-    child = subprocess.Popen([*words, '-y', yaml.safe_dump(e.told(step))], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    folder, log = e.place(step), e.place(step) / 'papermill.log'
+    words = [
+        sys.executable,
+        '-c',
+        _START,
+        'papermill',
+        str(find_notebook(step.notebook)),
+        str(folder / f'{step.notebook}.ipynb'),
+        '--log-output',
+        '--no-progress-bar',
+    ]
+    child = subprocess.Popen(
+        [*words, '-y', yaml.safe_dump(e.told(step))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         with open(log, 'w') as f:
             for line in child.stdout:
                 print(line, end='', file=f, flush=True)
-                if line.startswith(('epoch ', 'continuing ')): print('    ' + line, end='', flush=True)
+                if line.startswith(('epoch ', 'continuing ')):
+                    print('    ' + line, end='', flush=True)
         child.wait()
     finally:
-        if child.poll() is None: child.terminate()
-    if child.returncode: raise RuntimeError(f'{step.name}: {_cause(folder, log)}; the rest of the story is in {log} and in the notebook beside it')
+        if child.poll() is None:
+            child.terminate()
+    if child.returncode:
+        raise RuntimeError(
+            f'{step.name}: {_cause(folder, log)}; the rest of the story is in {log} and in the notebook beside it'
+        )
 
 # %% ../../nbs/app/08_experiments.ipynb #9cffb1a7
 def _cause(folder, log):
     status, said = RunFolder(folder).status, log.read_text().strip().split('\n')
     return status['reason'] if status.get('state') == 'failed' else said[-1]
 
-def carry_out(e:Experiment, step:Step, run=run_notebook):
+
+def carry_out(e: Experiment, step: Step, run=run_notebook):
     "Runs a step that is not done, and records that it is."
     state = state_of(e, step)
-    if state == 'other' or state == 'begun' and e.values['restart']: set_aside(RunFolder(e.place(step)), also=('data',) if step.notebook == 'build' else ())
+    if state == 'other' or state == 'begun' and e.values['restart']:
+        set_aside(RunFolder(e.place(step)), also=('data',) if step.notebook == 'build' else ())
     write_step(e, step, 'begun')
     run(e, step)
     write_step(e, step, 'done')
 
 # %% ../../nbs/app/08_experiments.ipynb #64f3efa5
 def run_experiment(
-    e:Experiment,
-    run=run_notebook,     # what runs a step
-) -> pd.DataFrame:        # of `results`
+    e: Experiment,
+    run=run_notebook,  # what runs a step
+) -> pd.DataFrame:  # of `results`
     "Carries out what is not done, in order; the first failure ends it, and what was finished stays."
-    write_config(e.folder, {k: Resolved(v, 'parameter' if k in e.given else 'default') for k, v in e.values.items()} | dict(stage=Resolved('reproduce', 'notebook')))
+    write_config(
+        e.folder,
+        {k: Resolved(v, 'parameter' if k in e.given else 'default') for k, v in e.values.items()}
+        | dict(stage=Resolved('reproduce', 'notebook')),
+    )
     try:
         set_status(e.folder, 'running')
         for number, step in enumerate(e.steps, 1):
             done = state_of(e, step) == 'done'
             print(f'{number}/{len(e.steps)} {step.name}' + ': done before' * done, flush=True)
-            if not done: carry_out(e, step, run)
+            if not done:
+                carry_out(e, step, run)
         set_status(e.folder, 'done')
         return results(e)
     except BaseException as error:
@@ -270,45 +454,87 @@ def run_experiment(
         raise
 
 # %% ../../nbs/app/08_experiments.ipynb #41f9c3b9
-def results(e:Experiment) -> pd.DataFrame:
+def results(e: Experiment) -> pd.DataFrame:
     "A row for each evaluation that is done: start, seed, split, correct, images, top1, loss, and seconds of the fine-tuning."
     rows = []
     for step in (s for s in e.steps if s.notebook == 'evaluate' and state_of(e, s) == 'done'):
-        result, tuned = (read_result(RunFolder(place)) for place in (e.place(step), e.folder.file(step.takes['weights']).parent))
+        result, tuned = (
+            read_result(RunFolder(place))
+            for place in (e.place(step), e.folder.file(step.takes['weights']).parent)
+        )
         counts = {k: result[k] for k in ('split', 'correct', 'images', 'top1', 'loss')}
-        rows.append(dict(start=step.start, seed=int(step.name.rpartition('-')[2]), **counts, seconds=tuned['seconds']))
+        rows.append(
+            dict(
+                start=step.start,
+                seed=int(step.name.rpartition('-')[2]),
+                **counts,
+                seconds=tuned['seconds'],
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/app/08_experiments.ipynb #3bbee485
-def as_markdown(table:pd.DataFrame) -> str:
+def as_markdown(table: pd.DataFrame) -> str:
     "A table as Markdown, its index the first column."
-    rows = [[table.index.name, *table.columns], ['---'] * (1 + len(table.columns)), *([i, *row] for i, row in zip(table.index, table.astype(object).fillna('').values))]
+    rows = [
+        [table.index.name, *table.columns],
+        ['---'] * (1 + len(table.columns)),
+        *([i, *row] for i, row in zip(table.index, table.astype(object).fillna('').values)),
+    ]
     return '\n'.join('| ' + ' | '.join(map(str, row)) + ' |' for row in rows) + '\n'
 
-def experiment_table(e:Experiment) -> pd.DataFrame:
+
+def experiment_table(e: Experiment) -> pd.DataFrame:
     "The experiment's result, a row a start, beside the published number where there is one."
     runs, published = results(e), published_beside(e.values)
     table = summarise(runs)
-    if published: table['published'] = [published.get(start) for start in table.index]
-    for name, text in {'results.csv': runs.to_csv(index=False), 'table.csv': table.to_csv(), 'table.md': as_markdown(table)}.items():
-        with whole_file(e.folder.output(name), 'w') as f: f.write(text)
+    if published:
+        table['published'] = [published.get(start) for start in table.index]
+    for name, text in {
+        'results.csv': runs.to_csv(index=False),
+        'table.csv': table.to_csv(),
+        'table.md': as_markdown(table),
+    }.items():
+        with whole_file(e.folder.output(name), 'w') as f:
+            f.write(text)
     return table
 
 # %% ../../nbs/app/08_experiments.ipynb #fb4efeb5
-def show_experiment(e:Experiment):
+def show_experiment(e: Experiment):
     "Accuracy by epoch of every fine-tuning, and the final counts by start; kept as `report.png`."
     import matplotlib.pyplot as plt
+
     runs, published = results(e), published_beside(e.values)
     colours = {start: f'C{n}' for n, start in enumerate(runs.start.unique())}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained', width_ratios=(1.2, 1))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9, 3.4), layout='constrained', width_ratios=(1.2, 1)
+    )
     for step in (s for s in e.steps if s.notebook == 'finetune' and s.start in colours):
         rows = pd.DataFrame(read_summary(RunFolder(e.place(step))))
-        if 'eval_top1' not in rows: continue
-        first = int(step.name.rpartition('-')[2]) == e.values['seed']       # one entry of the legend for all seeds
-        left.plot(rows.epoch + 1, rows.eval_top1, color=colours[step.start], lw=1, label=step.start if first else None)
+        if 'eval_top1' not in rows:
+            continue
+        first = (
+            int(step.name.rpartition('-')[2]) == e.values['seed']
+        )  # one entry of the legend for all seeds
+        left.plot(
+            rows.epoch + 1,
+            rows.eval_top1,
+            color=colours[step.start],
+            lw=1,
+            label=step.start if first else None,
+        )
     left.set(xlabel='epoch', ylabel='top-1 on val, %')
-    if left.lines: left.legend(fontsize=8)
+    if left.lines:
+        left.legend(fontsize=8)
     show_ends(runs.assign(result=[dict(split=s) for s in runs.split]), colours, right)
-    right.set_xticks(range(len(colours)), [f'{start}\npaper: {published[start]}' if start in published else start for start in colours], fontsize=7)
-    for start, number in published.items() if e.values['budget'] == 'paper' else (): right.axhline(number, color=colours.get(start), ls=':', lw=1)
+    right.set_xticks(
+        range(len(colours)),
+        [
+            f'{start}\npaper: {published[start]}' if start in published else start
+            for start in colours
+        ],
+        fontsize=7,
+    )
+    for start, number in published.items() if e.values['budget'] == 'paper' else ():
+        right.axhline(number, color=colours.get(start), ls=':', lw=1)
     return kept(figure, dict(folder=Resolved(str(e.folder.path), 'output')), 'report.png')

@@ -27,28 +27,36 @@ from ..training.recipes import BUDGETS, PRETRAIN, recipe
 
 # %% ../../nbs/app/01_explore.ipynb #1d5a0bf9
 def png_bytes(
-    image:np.ndarray,     # uint8 [h, w] or [h, w, 3]
-    comment:str='',       # text to put into the file
+    image: np.ndarray,  # uint8 [h, w] or [h, w, 3]
+    comment: str = '',  # text to put into the file
 ) -> bytes:
     "The image as a PNG, made quickly rather than small."
     buffer, text = io.BytesIO(), PngInfo()
-    if comment: text.add_itxt('Comment', comment)
+    if comment:
+        text.add_itxt('Comment', comment)
     Image.fromarray(image).save(buffer, 'PNG', compress_level=1, pnginfo=text)
     return buffer.getvalue()
 
 # %% ../../nbs/app/01_explore.ipynb #4742a6bd
 SLIDER_ENDS = dict(rate=0.22, variance=0.08)
 
+
 def slider_range(
-    row:dict,             # of `knobs`, of a number
-    value=None,           # the value to show; the default if None
-) -> tuple:               # lowest, highest, step
+    row: dict,  # of `knobs`, of a number
+    value=None,  # the value to show; the default if None
+) -> tuple:  # lowest, highest, step
     "Where a knob's slider begins and ends, and its step: 1, or a power of ten that gives 100 … 1,000 steps."
     default, whole = row['default'], isinstance(row['default'], int)
-    low, limit = -math.inf if row['low'] is None else row['low'], math.inf if row['high'] is None else row['high']
-    high = SLIDER_ENDS.get(row['name']) or (4 * default if default > whole else max(10, min(math.sqrt(limit), 1e6)))
+    low, limit = (
+        -math.inf if row['low'] is None else row['low'],
+        math.inf if row['high'] is None else row['high'],
+    )
+    high = SLIDER_ENDS.get(row['name']) or (
+        4 * default if default > whole else max(10, min(math.sqrt(limit), 1e6))
+    )
     high = max(high, default if value is None else value)
-    if whole: return max(low, 0), int(min(high, limit)), 1
+    if whole:
+        return max(low, 0), int(min(high, limit)), 1
     step = 10.0 ** (math.floor(math.log10(high)) - 2)
     # a lowest value of 0.001 would put all others off the grid
     low = min(max(low, 0 if low <= 0 else step), default if value is None else value)
@@ -56,9 +64,9 @@ def slider_range(
 
 # %% ../../nbs/app/01_explore.ipynb #d38bb04f
 def changed(
-    name:str,             # a family
-    settings:dict,        # knob → value
-) -> dict:                # those that differ from the family's defaults
+    name: str,  # a family
+    settings: dict,  # knob → value
+) -> dict:  # those that differ from the family's defaults
     "The part of the settings that says something."
     defaults = {r['name']: r['default'] for r in knobs(formula_class(name))}
     return {k: v for k, v in settings.items() if k not in defaults or v != defaults[k]}
@@ -66,40 +74,63 @@ def changed(
 # %% ../../nbs/app/01_explore.ipynb #16127dcf
 VARIED = dict(
     visualatom={'21,000 classes (CVPR 2023)': dict(classes=21_000)},
-    fractaldb={'points instead of patches (ACCV 2020)': dict(draw_type='point_gray'), 'coloured patches (ACCV 2020)': dict(draw_type='patch_color')},
+    fractaldb={
+        'points instead of patches (ACCV 2020)': dict(draw_type='point_gray'),
+        'coloured patches (ACCV 2020)': dict(draw_type='patch_color'),
+    },
     ofdb2d={'21,000 classes (ICCV 2023)': dict(classes=21_000)},
     onepfrac={f'Δ = {d} (ECCV 2024)': dict(delta=d) for d in (0.01, 0.05, 0.2)},
-    ofdb3d={'two axes, 144 views (ICCV 2023)': dict(axes=2), 'three axes, 1,728 views (ICCV 2023)': dict(axes=3)})
+    ofdb3d={
+        'two axes, 144 views (ICCV 2023)': dict(axes=2),
+        'three axes, 1,728 views (ICCV 2023)': dict(axes=3),
+    },
+)
 
-def presets(name:str) -> dict:
+
+def presets(name: str) -> dict:
     "A family's published settings: label → knobs that differ from the default."
     cls = formula_class(name)
-    known = {"the paper's best": {}, "the program's own defaults": changed(name, cls.program_defaults)}
-    known |= {f'recipe {r.name}': r.knobs for r in PRETRAIN if r.dataset == name} | VARIED.get(name, {})
-    return {label: values for label, values in known.items() if values or label == "the paper's best"}
+    known = {
+        "the paper's best": {},
+        "the program's own defaults": changed(name, cls.program_defaults),
+    }
+    known |= {f'recipe {r.name}': r.knobs for r in PRETRAIN if r.dataset == name} | VARIED.get(
+        name, {}
+    )
+    return {
+        label: values for label, values in known.items() if values or label == "the paper's best"
+    }
 
 # %% ../../nbs/app/01_explore.ipynb #349e716f
 def as_command(
-    name:str,             # a family
-    settings:dict,        # knob → value
-    budget:str='demo',    # demo or paper
-) -> str:                 # for a shell, in the folder of the checkout
+    name: str,  # a family
+    settings: dict,  # knob → value
+    budget: str = 'demo',  # demo or paper
+) -> str:  # for a shell, in the folder of the checkout
     "The papermill command that trains on this formula; `ValueError` or `TypeError` where there is no such formula."
     folder = f"runs/{name.replace(':', '-')}-{formula(name, **settings).fingerprint()[:6]}"
     words = ['papermill', 'nbs/pretrain.ipynb', f'{folder}/pretrain.ipynb', '-p', 'dataset', name]
     given = changed(name, settings)
     for knob in ('classes', 'instances', 'size', 'seed'):
-        if knob in given: words += ['-p', knob, str(given.pop(knob))]
-    if given: words += ['-y', yaml.safe_dump({'knobs': given}, default_flow_style=True, allow_unicode=True, width=10**6).strip()]
-    if budget != 'demo': words += ['-p', 'budget', budget]
+        if knob in given:
+            words += ['-p', knob, str(given.pop(knob))]
+    if given:
+        words += [
+            '-y',
+            yaml.safe_dump(
+                {'knobs': given}, default_flow_style=True, allow_unicode=True, width=10**6
+            ).strip(),
+        ]
+    if budget != 'demo':
+        words += ['-p', 'budget', budget]
     return f'mkdir -p {shlex.quote(folder)} && {shlex.join(words)}'
 
 # %% ../../nbs/app/01_explore.ipynb #ed5c2ead
 def as_python(
-    name:str,             # a family
-    settings:dict,        # knob → value
-    c:int=0,              # class
-    k:int=0,              # instance
+    name: str,  # a family
+    settings: dict,  # knob → value
+    c: int = 0,  # class
+    k: int = 0,  # instance
 ) -> str:
     "Two lines of Python that draw the image."
     given = ''.join(f', {knob}={value!r}' for knob, value in changed(name, settings).items())
@@ -107,132 +138,193 @@ def as_python(
 
 # %% ../../nbs/app/01_explore.ipynb #27f38f52
 def save_image(
-    name:str,             # a family
-    settings:dict,        # knob → value
-    c:int=0,              # class
-    k:int=0,              # instance
-    folder=None,          # where to; `explore` under the machine's output root if None
-) -> Path:                # the file
+    name: str,  # a family
+    settings: dict,  # knob → value
+    c: int = 0,  # class
+    k: int = 0,  # instance
+    folder=None,  # where to; `explore` under the machine's output root if None
+) -> Path:  # the file
     "Saves image (c, k) as a PNG whose comment is the Python that draws it."
     f = formula(name, **settings)
-    folder = Path(machine_settings()['output_root'].value)/'explore' if folder is None else Path(folder)
+    folder = (
+        Path(machine_settings()['output_root'].value) / 'explore'
+        if folder is None
+        else Path(folder)
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder/f"{name.replace(':', '-')}-{f.fingerprint()[:6]}-{c:05d}-{k:04d}.png"
+    path = folder / f"{name.replace(':', '-')}-{f.fingerprint()[:6]}-{c:05d}-{k:04d}.png"
     path.write_bytes(png_bytes(f.render(c, k), as_python(name, settings, c, k)))
     return path
 
 # %% ../../nbs/app/01_explore.ipynb #6056e0c5
 def tiled(
-    rows,                 # nested uint8 arrays, [rows][columns]
-    titles=(),            # one per row
-    side:int=96,          # of a tile, pixels
-) -> np.ndarray:          # uint8 [h, w], or [h, w, 3] if an image has colour
+    rows,  # nested uint8 arrays, [rows][columns]
+    titles=(),  # one per row
+    side: int = 96,  # of a tile, pixels
+) -> np.ndarray:  # uint8 [h, w], or [h, w, 3] if an image has colour
     "Images shrunk and laid side by side, each row under its title."
     strip, pitch = (14 if titles else 0), side + 4
     mode = 'RGB' if any(image.ndim == 3 for row in rows for image in row) else 'L'
     sheet = Image.new(mode, (max(map(len, rows)) * pitch, len(rows) * (pitch + strip)), 'lightgrey')
     for r, row in enumerate(rows):
         top = r * (pitch + strip) + strip
-        if titles: ImageDraw.Draw(sheet).text((2, top - strip), titles[r], fill='black')
+        if titles:
+            ImageDraw.Draw(sheet).text((2, top - strip), titles[r], fill='black')
         for i, image in enumerate(row):
             sampling = Image.Resampling.BOX if side < len(image) else Image.Resampling.NEAREST
-            sheet.paste(Image.fromarray(image).resize((side, side), sampling), (i * pitch + 2, top + 2))
+            sheet.paste(
+                Image.fromarray(image).resize((side, side), sampling), (i * pitch + 2, top + 2)
+            )
     return np.array(sheet)
 
 # %% ../../nbs/app/01_explore.ipynb #b274b829
-def window(first:int, n:int, end:int) -> range:
+def window(first: int, n: int, end: int) -> range:
     "`n` numbers from `first` on, fewer or earlier where there are only `end`."
     start = max(0, min(first, end - n))
     return range(start, min(start + n, end))
 
+
 def contact_sheet(
-    f:Formula,
-    c:int=0,              # first class
-    k:int=0,              # first instance
-    rows:int=4, columns:int=6,
-    side:int=96,          # of a tile, pixels
-) -> np.ndarray:          # uint8 [h, w] or [h, w, 3]
+    f: Formula,
+    c: int = 0,  # first class
+    k: int = 0,  # first instance
+    rows: int = 4,
+    columns: int = 6,
+    side: int = 96,  # of a tile, pixels
+) -> np.ndarray:  # uint8 [h, w] or [h, w, 3]
     "Class `c` and its neighbours, a row each; of families with one image a class, `columns` classes a row."
     if f.instances == 1:
         numbers = window(c, rows * columns, f.classes)
-        groups = [numbers[i:i + columns] for i in range(0, len(numbers), columns)]
-        return tiled([[f.render(a, 0) for a in group] for group in groups], [f'classes {g[0]} … {g[-1]}' for g in groups], side)
+        groups = [numbers[i : i + columns] for i in range(0, len(numbers), columns)]
+        return tiled(
+            [[f.render(a, 0) for a in group] for group in groups],
+            [f'classes {g[0]} … {g[-1]}' for g in groups],
+            side,
+        )
     classes, instances = window(c, rows, f.classes), window(k, columns, f.instances)
-    return tiled([[f.render(a, b) for b in instances] for a in classes], [f'class {a}' for a in classes], side)
+    return tiled(
+        [[f.render(a, b) for b in instances] for a in classes],
+        [f'class {a}' for a in classes],
+        side,
+    )
 
 # %% ../../nbs/app/01_explore.ipynb #bcaaa4d4
 def network_views(
-    image:np.ndarray,     # uint8 [h, w] or [h, w, 3]
-    augmentation:Augmentation,
-    n:int=8,              # how many
-    seed:int=0,           # of the augmentation's chance
-) -> list:                # n arrays uint8 [side, side, 3]
+    image: np.ndarray,  # uint8 [h, w] or [h, w, 3]
+    augmentation: Augmentation,
+    n: int = 8,  # how many
+    seed: int = 0,  # of the augmentation's chance
+) -> list:  # n arrays uint8 [side, side, 3]
     "What the network is shown instead of the image, brought back to visible pixels."
-    transform, picture, views = train_transform(augmentation), Image.fromarray(image).convert('RGB'), []
+    transform, picture, views = (
+        train_transform(augmentation),
+        Image.fromarray(image).convert('RGB'),
+        [],
+    )
     for i in range(n):
-        with seeded(seed + i): x = transform(picture)
-        views.append(np.uint8(((x.permute(1, 2, 0).numpy() * augmentation.std + augmentation.mean).clip(0, 1) * 255).round()))
+        with seeded(seed + i):
+            x = transform(picture)
+        views.append(
+            np.uint8(
+                (
+                    (x.permute(1, 2, 0).numpy() * augmentation.std + augmentation.mean).clip(0, 1)
+                    * 255
+                ).round()
+            )
+        )
     return views
 
+
 def cut_into_patches(
-    image:np.ndarray,     # uint8 [side, side, 3]
-    patch:int=16,         # side of a patch, pixels; a divisor of the image's
-) -> np.ndarray:          # uint8, one white line wider a patch
+    image: np.ndarray,  # uint8 [side, side, 3]
+    patch: int = 16,  # side of a patch, pixels; a divisor of the image's
+) -> np.ndarray:  # uint8, one white line wider a patch
     "The image with white lines between its patches, as a vision transformer takes it apart."
     n = len(image) // patch
     blocks = image.reshape(n, patch, n, patch, 3)
-    return np.pad(blocks, ((0, 0), (0, 1), (0, 0), (0, 1), (0, 0)), constant_values=255).reshape(n * (patch + 1), n * (patch + 1), 3)
+    return np.pad(blocks, ((0, 0), (0, 1), (0, 0), (0, 1), (0, 0)), constant_values=255).reshape(
+        n * (patch + 1), n * (patch + 1), 3
+    )
 
 # %% ../../nbs/app/01_explore.ipynb #4a6affe7
 def _spread(grey, paper):
     y, x = np.nonzero(grey != paper)
-    return math.sqrt(((x / grey.shape[1] - 0.5)**2 + (y / grey.shape[0] - 0.5)**2).mean()) if len(x) else 0.0
+    return (
+        math.sqrt(((x / grey.shape[1] - 0.5) ** 2 + (y / grey.shape[0] - 0.5) ** 2).mean())
+        if len(x)
+        else 0.0
+    )
 
-MEASURES = dict(ink=lambda grey, paper: (grey != paper).mean(), spread=_spread, detail=lambda grey, _: (grey[:, 1:] != grey[:, :-1]).mean())
+
+MEASURES = dict(
+    ink=lambda grey, paper: (grey != paper).mean(),
+    spread=_spread,
+    detail=lambda grey, _: (grey[:, 1:] != grey[:, :-1]).mean(),
+)
 
 # %% ../../nbs/app/01_explore.ipynb #99945f95
 def knob_values(
-    name:str,             # a family
-    settings:dict,        # of the other knobs
-    knob:str,             # which to vary
-) -> list:                # pairs (value, formula)
+    name: str,  # a family
+    settings: dict,  # of the other knobs
+    knob: str,  # which to vary
+) -> list:  # pairs (value, formula)
     "Values across a knob's slider that the formula accepts; `ValueError` for a text."
     row = {r['name']: r for r in knobs(formula_class(name))}[knob]
     now, kept = settings.get(knob, row['default']), []
-    if isinstance(now, str) and not row['choices']: raise ValueError(f'{name}: {knob} is a text and has no values to try; choose a number')
-    if isinstance(now, bool): values = (False, True)
-    elif row['choices']: values = row['choices']
-    else: values = sorted({now, *(type(now)(f'{v:.{0 if isinstance(now, int) else 4}f}') for v in np.linspace(*slider_range(row, now)[:2], 4))})
+    if isinstance(now, str) and not row['choices']:
+        raise ValueError(f'{name}: {knob} is a text and has no values to try; choose a number')
+    if isinstance(now, bool):
+        values = (False, True)
+    elif row['choices']:
+        values = row['choices']
+    else:
+        values = sorted(
+            {
+                now,
+                *(
+                    type(now)(f'{v:.{0 if isinstance(now, int) else 4}f}')
+                    for v in np.linspace(*slider_range(row, now)[:2], 4)
+                ),
+            }
+        )
     for value in values:
-        try: kept.append((value, formula(name, **{**settings, knob: value})))
-        except ValueError: pass
+        try:
+            kept.append((value, formula(name, **{**settings, knob: value})))
+        except ValueError:
+            pass
     return kept
 
 # %% ../../nbs/app/01_explore.ipynb #d594869d
 def knob_draws(
-    tried:list,           # pairs (value, formula), as `knob_values` gives
-    what:str='ink',       # ink, spread or detail
-    draws:int=64,         # images for each value
-) -> list:                # float64 [draws] for each value
+    tried: list,  # pairs (value, formula), as `knob_values` gives
+    what: str = 'ink',  # ink, spread or detail
+    draws: int = 64,  # images for each value
+) -> list:  # float64 [draws] for each value
     "A measure of the same far-flung classes and instances for each value of a knob; `ValueError` for an unknown measure."
-    if what not in MEASURES: raise ValueError(f'measure={what!r} is not known' + did_you_mean(what, MEASURES))
+    if what not in MEASURES:
+        raise ValueError(f'measure={what!r} is not known' + did_you_mean(what, MEASURES))
+
     def number(f, i):
         image = f.render(i * 7919 % f.classes, i * 104729 % f.instances)
         return MEASURES[what](image if image.ndim == 2 else image.max(2), f.background)
+
     return [np.array([number(f, i) for i in range(draws)]) for _, f in tried]
 
 # %% ../../nbs/app/01_explore.ipynb #fec13b16
 def show_knob(
-    name:str,             # a family
-    settings:dict,        # of the other knobs
-    knob:str,             # which to vary
-    what:str='ink',       # ink, spread or detail
-    draws:int=64,         # images for each value
+    name: str,  # a family
+    settings: dict,  # of the other knobs
+    knob: str,  # which to vary
+    what: str = 'ink',  # ink, spread or detail
+    draws: int = 64,  # images for each value
 ):
     "For each value of a knob an example and the histogram of a measure over many draws: a matplotlib figure."
     tried = knob_values(name, settings, knob)
     found = knob_draws(tried, what, draws)
-    figure, bins = Figure(figsize=(1.4 * len(tried), 2.6), layout='constrained'), np.linspace(0, max(map(max, found)) or 1, 17)
+    figure, bins = (
+        Figure(figsize=(1.4 * len(tried), 2.6), layout='constrained'),
+        np.linspace(0, max(map(max, found)) or 1, 17),
+    )
     axes = figure.subplots(2, len(tried), squeeze=False, sharey='row')
     for (value, f), numbers, above, below in zip(tried, found, *axes):
         above.imshow(f.render(0, 0), cmap='gray', vmin=0, vmax=255)
@@ -246,32 +338,49 @@ def show_knob(
 # %% ../../nbs/app/01_explore.ipynb #e3cba6ea
 TYPED = ('classes', 'instances', 'size', 'seed')
 
+
 def control(
-    row:dict,             # of `knobs`
-    value=None,           # the value to show; the default if None
+    row: dict,  # of `knobs`
+    value=None,  # the value to show; the default if None
 ) -> widgets.Widget:
     "The widget for a knob, with the knob's range and help."
     value, default = row['default'] if value is None else value, row['default']
-    common = dict(value=value, description=row['name'], tooltip=row['help'], style=dict(description_width='7.5em'), layout=widgets.Layout(width='23em'))
-    if row['choices']: return widgets.Dropdown(options=row['choices'], **common)
-    if isinstance(default, bool): return widgets.Checkbox(**common)
-    if isinstance(default, str): return widgets.Text(continuous_update=False, **common)
+    common = dict(
+        value=value,
+        description=row['name'],
+        tooltip=row['help'],
+        style=dict(description_width='7.5em'),
+        layout=widgets.Layout(width='23em'),
+    )
+    if row['choices']:
+        return widgets.Dropdown(options=row['choices'], **common)
+    if isinstance(default, bool):
+        return widgets.Checkbox(**common)
+    if isinstance(default, str):
+        return widgets.Text(continuous_update=False, **common)
     # a browser counts exactly to 2**53 only
-    if row['name'] in TYPED: return widgets.BoundedIntText(min=row['low'], max=min(row['high'], 2**53 - 1), **common)
+    if row['name'] in TYPED:
+        return widgets.BoundedIntText(min=row['low'], max=min(row['high'], 2**53 - 1), **common)
     low, high, step = slider_range(row, value)
-    if isinstance(default, int): return widgets.IntSlider(min=low, max=high, **common)
+    if isinstance(default, int):
+        return widgets.IntSlider(min=low, max=high, **common)
     return widgets.FloatSlider(min=low, max=high, step=step, readout_format='.4g', **common)
 
 # %% ../../nbs/app/01_explore.ipynb #699a3605
 def meant(
-    widget:widgets.Widget,# of `control`
-    given,                # the value it was made with
+    widget: widgets.Widget,  # of `control`
+    given,  # the value it was made with
 ):
     "The value that a widget stands for: the given one, while a slider is at the line of its grid nearest to that."
-    if not isinstance(widget, widgets.FloatSlider): return widget.value
-    steps = lambda value: (value - widget.min) / widget.step
+    if not isinstance(widget, widgets.FloatSlider):
+        return widget.value
+
+    def steps(value):
+        return (value - widget.min) / widget.step
+
     here, there = steps(widget.value), round(steps(given))
-    if widget.value == given or abs(here - there) < 1e-6: return given
+    if widget.value == given or abs(here - there) < 1e-6:
+        return given
     return float(f'{widget.value:.12g}')
 
 # %% ../../nbs/app/01_explore.ipynb #6496723a
@@ -280,79 +389,150 @@ def someone_watches() -> bool:
     kernel = getattr(get_ipython(), 'kernel', None)
     return bool(kernel and kernel.get_parent('shell').get('content', {}).get('allow_stdin'))
 
+
 class LiveOrStill:
     "A widget where someone watches, else a picture. Subclasses set `widget` and define `still()`, PNG bytes."
+
     def _repr_mimebundle_(self, include=None, exclude=None):
-        if someone_watches(): return self.widget._repr_mimebundle_()
+        if someone_watches():
+            return self.widget._repr_mimebundle_()
         return {'image/png': base64.b64encode(self.still()).decode(), 'text/plain': repr(self)}
 
 # %% ../../nbs/app/01_explore.ipynb #5675dde7
 class Explorer(LiveOrStill):
     "Sliders over a family's knobs and the picture they give; `settings`, `cls` and `instance` say where it stands."
-    def __init__(self,
-        name:str='rcdb',      # a family's name, or 'module:Class'
-        pages:bool=True,      # with contact sheet, views, histograms and texts?
-        **settings,           # knobs that differ from their defaults
+
+    def __init__(
+        self,
+        name: str = 'rcdb',  # a family's name, or 'module:Class'
+        pages: bool = True,  # with contact sheet, views, histograms and texts?
+        **settings,  # knobs that differ from their defaults
     ):
-        self.formula, self.quiet, self.controls, self.taken, wide = formula(name, **settings), False, {}, {}, widgets.Layout(width='23em')
-        self.family = widgets.Dropdown(options=list(dict.fromkeys([*formulas(), name])), value=name, description='family', layout=wide)
+        self.formula, self.quiet, self.controls, self.taken, wide = (
+            formula(name, **settings),
+            False,
+            {},
+            {},
+            widgets.Layout(width='23em'),
+        )
+        self.family = widgets.Dropdown(
+            options=list(dict.fromkeys([*formulas(), name])),
+            value=name,
+            description='family',
+            layout=wide,
+        )
         self.preset = widgets.Dropdown(description='preset', layout=wide)
-        self.cls, self.instance = (widgets.IntSlider(0, 0, 0, description=d, layout=wide) for d in ('class', 'instance'))
+        self.cls, self.instance = (
+            widgets.IntSlider(0, 0, 0, description=d, layout=wide) for d in ('class', 'instance')
+        )
         self.play = widgets.Play(max=10**6, interval=150, layout=widgets.Layout(width='9em'))
         self.moves = widgets.Dropdown(layout=widgets.Layout(width='13.5em'))
-        self.picture, self.message = widgets.Image(format='png', width=400, height=400), widgets.HTML()
-        self.panel, self.pages, self.varied = widgets.VBox(), widgets.Tab(), widgets.Dropdown(description='knob')
-        left = widgets.VBox([self.picture, self.cls, self.instance, widgets.HBox([self.play, self.moves]), self.message])
-        self.widget = widgets.VBox([widgets.HBox([left, widgets.VBox([self.family, self.preset, self.panel])])] + [self.pages] * pages)
+        self.picture, self.message = (
+            widgets.Image(format='png', width=400, height=400),
+            widgets.HTML(),
+        )
+        self.panel, self.pages, self.varied = (
+            widgets.VBox(),
+            widgets.Tab(),
+            widgets.Dropdown(description='knob'),
+        )
+        left = widgets.VBox(
+            [
+                self.picture,
+                self.cls,
+                self.instance,
+                widgets.HBox([self.play, self.moves]),
+                self.message,
+            ]
+        )
+        self.widget = widgets.VBox(
+            [widgets.HBox([left, widgets.VBox([self.family, self.preset, self.panel])])]
+            + [self.pages] * pages
+        )
         self._connect()
-        if pages: self._add_pages()
+        if pages:
+            self._add_pages()
         self.take(name, **settings)
 
 # %% ../../nbs/app/01_explore.ipynb #418f73f5
 @patch
 @contextmanager
-def _quietly(self:Explorer):
+def _quietly(self: Explorer):
     before, self.quiet = self.quiet, True
-    try: yield
-    finally: self.quiet = before
+    try:
+        yield
+    finally:
+        self.quiet = before
 
 # %% ../../nbs/app/01_explore.ipynb #e0b81507
 @patch
-def take(self:Explorer, name:str, **settings):
+def take(self: Explorer, name: str, **settings):
     "Shows family `name` with these knobs, the others at their defaults."
     with self._quietly():
-        self.controls = {r['name']: control(r, settings.get(r['name'])) for r in knobs(formula_class(name))}
+        self.controls = {
+            r['name']: control(r, settings.get(r['name'])) for r in knobs(formula_class(name))
+        }
         self.taken = {each: w.value for each, w in self.controls.items()}
-        for each in self.controls.values(): each.observe(self.draw, 'value')
-        old, self.panel.children = self.panel.children, sorted(self.controls.values(), key=lambda w: w.description in TYPED)
-        for each in old: each.close()
+        for each in self.controls.values():
+            each.observe(self.draw, 'value')
+        old, self.panel.children = (
+            self.panel.children,
+            sorted(self.controls.values(), key=lambda w: w.description in TYPED),
+        )
+        for each in old:
+            each.close()
         self.family.value = name
         self.preset.options = [*presets(name), 'own']
-        self.moves.options = ['class', 'instance', *(n for n, w in self.controls.items() if hasattr(w, 'step') and n not in TYPED)]
-        self.varied.options = [n for n, w in self.controls.items() if not isinstance(w, widgets.Text) and n not in TYPED]
+        self.moves.options = [
+            'class',
+            'instance',
+            *(n for n, w in self.controls.items() if hasattr(w, 'step') and n not in TYPED),
+        ]
+        self.varied.options = [
+            n
+            for n, w in self.controls.items()
+            if not isinstance(w, widgets.Text) and n not in TYPED
+        ]
         # a menu that was empty does not choose by itself
         self.moves.value, self.varied.value = self.moves.options[0], (*self.varied.options, None)[0]
     self.draw()
 
 # %% ../../nbs/app/01_explore.ipynb #4ce3d452
 @patch(as_prop=True)
-def settings(self:Explorer) -> dict:
+def settings(self: Explorer) -> dict:
     "The knobs that differ from the family's defaults."
-    return changed(self.family.value, {name: meant(w, self.taken.get(name, w.value)) for name, w in self.controls.items()})
+    return changed(
+        self.family.value,
+        {name: meant(w, self.taken.get(name, w.value)) for name, w in self.controls.items()},
+    )
 
 # %% ../../nbs/app/01_explore.ipynb #99b74e1b
 @patch
-def draw(self:Explorer, _=None):
+def draw(self: Explorer, _=None):
     "Draws the picture, then the open page; what the formula refuses is said in `message`."
-    if self.quiet: return
+    if self.quiet:
+        return
     begun = time.perf_counter()
-    with self._quietly(): self.preset.value = next((label for label, values in presets(self.family.value).items() if values == self.settings), 'own')
+    with self._quietly():
+        self.preset.value = next(
+            (
+                label
+                for label, values in presets(self.family.value).items()
+                if values == self.settings
+            ),
+            'own',
+        )
     try:
         self.formula = f = formula(self.family.value, **self.settings)
-        with self._quietly(): self.cls.max, self.instance.max = f.classes - 1, f.instances - 1
+        with self._quietly():
+            self.cls.max, self.instance.max = f.classes - 1, f.instances - 1
         image = f.render(self.cls.value, self.instance.value)
     except (ValueError, TypeError, OSError) as e:
-        self.formula, self.picture.layout.opacity, self.message.value = None, '0.3', f'<b>{html.escape(str(e))}</b>'
+        self.formula, self.picture.layout.opacity, self.message.value = (
+            None,
+            '0.3',
+            f'<b>{html.escape(str(e))}</b>',
+        )
         return
     self.picture.value, self.picture.layout.opacity = png_bytes(image), '1'
     self.message.value = f'class {self.cls.value}, instance {self.instance.value}, {f.size} × {f.size}: {1000 * (time.perf_counter() - begun):.0f} ms'
@@ -360,32 +540,66 @@ def draw(self:Explorer, _=None):
 
 # %% ../../nbs/app/01_explore.ipynb #498c180f
 @patch
-def _connect(self:Explorer):
-    for picker in (self.cls, self.instance): picker.observe(self.draw, 'value')
+def _connect(self: Explorer):
+    for picker in (self.cls, self.instance):
+        picker.observe(self.draw, 'value')
     self.family.observe(lambda change: self.quiet or self.take(change.new), 'value')
-    self.preset.observe(lambda change: self.quiet or change.new == 'own' or self.take(self.family.value, **presets(self.family.value)[change.new]), 'value')
+    self.preset.observe(
+        lambda change: (
+            self.quiet
+            or change.new == 'own'
+            or self.take(self.family.value, **presets(self.family.value)[change.new])
+        ),
+        'value',
+    )
     self.play.observe(lambda change: self._tick(change.new), 'value')
 
+
 @patch
-def _tick(self:Explorer, count, steps=40):
+def _tick(self: Explorer, count, steps=40):
     target = dict(self.controls, **{'class': self.cls, 'instance': self.instance})[self.moves.value]
     if target in (self.cls, self.instance):
         target.value = count % (target.max + 1)
         return
     share = abs((count + steps) % (2 * steps) - steps) / steps
     value = target.min + share * (target.max - target.min)
-    target.value = round(value) if isinstance(target, widgets.IntSlider) else target.min + round((value - target.min) / target.step) * target.step
+    target.value = (
+        round(value)
+        if isinstance(target, widgets.IntSlider)
+        else target.min + round((value - target.min) / target.step) * target.step
+    )
 
 # %% ../../nbs/app/01_explore.ipynb #b2a03825
 @patch
-def _add_pages(self:Explorer):
-    self.sheet, self.views, self.histogram, self.saved = *(widgets.Image(format='png') for _ in range(3)), widgets.HTML()
-    self.what, self.budget = (widgets.Dropdown(options=list(o), description=d) for o, d in ((MEASURES, 'measure'), (BUDGETS, 'budget')))
-    self.count, self.save = (widgets.Button(description=d) for d in ('Draw histograms', 'Save image'))
-    self.command, self.python = (widgets.Textarea(description=d, rows=3, layout=widgets.Layout(width='60em')) for d in ('papermill', 'Python'))
-    texts = widgets.VBox([self.budget, self.command, self.python, widgets.HBox([self.save, self.saved])])
-    self.pages.children = self.sheet, self.views, widgets.VBox([widgets.HBox([self.varied, self.what, self.count]), self.histogram]), texts
-    self.pages.titles, self.pages.selected_index = ('Neighbours', "Network's view", 'Over many draws', 'Copy and save'), 0
+def _add_pages(self: Explorer):
+    self.sheet, self.views, self.histogram, self.saved = (
+        *(widgets.Image(format='png') for _ in range(3)),
+        widgets.HTML(),
+    )
+    self.what, self.budget = (
+        widgets.Dropdown(options=list(o), description=d)
+        for o, d in ((MEASURES, 'measure'), (BUDGETS, 'budget'))
+    )
+    self.count, self.save = (
+        widgets.Button(description=d) for d in ('Draw histograms', 'Save image')
+    )
+    self.command, self.python = (
+        widgets.Textarea(description=d, rows=3, layout=widgets.Layout(width='60em'))
+        for d in ('papermill', 'Python')
+    )
+    texts = widgets.VBox(
+        [self.budget, self.command, self.python, widgets.HBox([self.save, self.saved])]
+    )
+    self.pages.children = (
+        self.sheet,
+        self.views,
+        widgets.VBox([widgets.HBox([self.varied, self.what, self.count]), self.histogram]),
+        texts,
+    )
+    self.pages.titles, self.pages.selected_index = (
+        ('Neighbours', "Network's view", 'Over many draws', 'Copy and save'),
+        0,
+    )
     self.pages.observe(self.show_page, 'selected_index')
     self.budget.observe(self.show_page, 'value')
     self.count.on_click(self._count)
@@ -393,39 +607,59 @@ def _add_pages(self:Explorer):
 
 # %% ../../nbs/app/01_explore.ipynb #d38074a7
 @patch
-def show_page(self:Explorer, _=None):
+def show_page(self: Explorer, _=None):
     "Brings the open page up to date."
-    if self.formula is None or not self.pages.children: return
+    if self.formula is None or not self.pages.children:
+        return
     page, where = self.pages.selected_index, (self.cls.value, self.instance.value)
-    if page == 0: self.sheet.value = png_bytes(contact_sheet(self.formula, *where))
+    if page == 0:
+        self.sheet.value = png_bytes(contact_sheet(self.formula, *where))
     if page == 1:
-        views = [cut_into_patches(v) for v in network_views(self.formula.render(*where), recipe(dataset=self.family.value))]
+        views = [
+            cut_into_patches(v)
+            for v in network_views(self.formula.render(*where), recipe(dataset=self.family.value))
+        ]
         self.views.value = png_bytes(tiled([views[:4], views[4:]], side=238))
-    if page == 3: self.command.value, self.python.value = as_command(self.family.value, self.settings, self.budget.value), repr(self)
+    if page == 3:
+        self.command.value, self.python.value = (
+            as_command(self.family.value, self.settings, self.budget.value),
+            repr(self),
+        )
+
 
 @patch
-def _count(self:Explorer, _):
-    if not (self.formula and self.varied.value): return
+def _count(self: Explorer, _):
+    if not (self.formula and self.varied.value):
+        return
     png = io.BytesIO()
-    show_knob(self.family.value, self.settings, self.varied.value, self.what.value).savefig(png, format='png', dpi=90)
+    show_knob(self.family.value, self.settings, self.varied.value, self.what.value).savefig(
+        png, format='png', dpi=90
+    )
     self.histogram.value = png.getvalue()
 
+
 @patch
-def _save(self:Explorer, _):
-    if self.formula: self.saved.value = html.escape(str(save_image(self.family.value, self.settings, self.cls.value, self.instance.value)))
+def _save(self: Explorer, _):
+    if self.formula:
+        self.saved.value = html.escape(
+            str(save_image(self.family.value, self.settings, self.cls.value, self.instance.value))
+        )
 
 # %% ../../nbs/app/01_explore.ipynb #1d10c76b
 @patch
-def still(self:Explorer) -> bytes:
+def still(self: Explorer) -> bytes:
     "The contact sheet, for where there are no sliders."
     return png_bytes(contact_sheet(self.formula, self.cls.value, self.instance.value, 3, 6, 64))
 
+
 @patch
-def __repr__(self:Explorer): return as_python(self.family.value, self.settings, self.cls.value, self.instance.value)
+def __repr__(self: Explorer):
+    return as_python(self.family.value, self.settings, self.cls.value, self.instance.value)
+
 
 def explore(
-    name:str='rcdb',      # a family's name, or 'module:Class'
-    **settings,           # knobs that differ from their defaults
+    name: str = 'rcdb',  # a family's name, or 'module:Class'
+    **settings,  # knobs that differ from their defaults
 ) -> Explorer:
     "Sliders for every knob of a formula; `ValueError` or `TypeError` names an unknown family, knob or value."
     return Explorer(name, **settings)
@@ -433,17 +667,24 @@ def explore(
 # %% ../../nbs/app/01_explore.ipynb #7113243a
 class ExplorerPair(LiveOrStill):
     "Two explorers, `left` and `right`, that show the same class number, as far as both have it."
-    def __init__(self, left:Explorer, right:Explorer):
+
+    def __init__(self, left: Explorer, right: Explorer):
         self.left, self.right, self.widget = left, right, widgets.HBox([left.widget, right.widget])
         widgets.link((left.cls, 'value'), (right.cls, 'value'))
+
     def still(self):
         pair = self.left, self.right
-        rows = [[e.formula.render(c, 0) for c in window(e.cls.value, 6, e.formula.classes)] for e in pair]
+        rows = [
+            [e.formula.render(c, 0) for c in window(e.cls.value, 6, e.formula.classes)]
+            for e in pair
+        ]
         return png_bytes(tiled(rows, [e.family.value for e in pair], 64))
 
+
 def explore_pair(
-    left:str='rcdb', right:str='visualatom', # families
-    **settings,           # knobs of both, e.g. size=256, seed=1
+    left: str = 'rcdb',
+    right: str = 'visualatom',  # families
+    **settings,  # knobs of both, e.g. size=256, seed=1
 ) -> ExplorerPair:
     "Two families side by side; `ValueError` or `TypeError` names an unknown family, knob or value."
     return ExplorerPair(Explorer(left, False, **settings), Explorer(right, False, **settings))

@@ -16,23 +16,27 @@ from ..core.settings import did_you_mean
 # %% ../../nbs/app/00_parameters.ipynb #f42b688e
 TYPES = dict(str=str, int=int, float=float, bool=bool, dict=dict, list=list)
 
+
 @dataclass(frozen=True)
 class Parameter:
     "What a run notebook may be asked, in one of its parameters."
+
     name: str
     type: type
-    default: object       # None where the recipe, or the machine, decides
+    default: object  # None where the recipe, or the machine, decides
     help: str
 
 # %% ../../nbs/app/00_parameters.ipynb #56dc5c0a
 def parse_parameters(
-    source:str,           # of the cell
-    place:str='',         # for messages: where the cell is
-) -> dict:                # name → `Parameter`
+    source: str,  # of the cell
+    place: str = '',  # for messages: where the cell is
+) -> dict:  # name → `Parameter`
     "The parameters that a cell declares; `ValueError` shows a line that declares none."
     found, lines = {}, source.splitlines()
-    try: nodes = ast.parse(source).body
-    except SyntaxError as e: raise ValueError(f'{place}: {e.text!r} is no Python; mend the parameters cell') from None
+    try:
+        nodes = ast.parse(source).body
+    except SyntaxError as e:
+        raise ValueError(f'{place}: {e.text!r} is no Python; mend the parameters cell') from None
     for node in nodes:
         line = lines[node.end_lineno - 1]
         try:
@@ -41,86 +45,107 @@ def parse_parameters(
         except (AttributeError, KeyError, ValueError):
             form = f"name: type = value  # help, with one of the types {', '.join(TYPES)}"
             raise ValueError(f'{place}: {line!r} declares no parameter; write {form}') from None
-        comment = line.encode()[node.end_col_offset:].decode()
+        comment = line.encode()[node.end_col_offset :].decode()
         found[name] = Parameter(name, kind, default, comment.strip().removeprefix('#').strip())
     return found
 
 # %% ../../nbs/app/00_parameters.ipynb #617fe809
 def notebook_folders() -> list:
     "Where run notebooks are looked for, the nearest first."
-    above = [folder/'nbs' for folder in (Path.cwd(), *Path.cwd().parents)]
-    return [*above, Path(find_spec('fdsl_nb').origin).resolve().parent.parent/'nbs']
+    above = [folder / 'nbs' for folder in (Path.cwd(), *Path.cwd().parents)]
+    return [*above, Path(find_spec('fdsl_nb').origin).resolve().parent.parent / 'nbs']
+
 
 def _cells(path):
-    try: return json.loads(path.read_text('utf-8'))['cells']
-    except (ValueError, KeyError, TypeError): return []
+    try:
+        return json.loads(path.read_text('utf-8'))['cells']
+    except (ValueError, KeyError, TypeError):
+        return []
 
-def parameters_cell(path:Path) -> str:
+
+def parameters_cell(path: Path) -> str:
     "The source of the cell that papermill knows by its tag; empty if the notebook has none."
     tagged = [c for c in _cells(path) if 'parameters' in c['metadata'].get('tags', ())]
     return ''.join(tagged[0]['source']) if tagged else ''
 
 # %% ../../nbs/app/00_parameters.ipynb #f4df9c6e
-def run_notebooks() -> dict: # name → title
+def run_notebooks() -> dict:  # name → title
     "All run notebooks, by name."
     found = {}
     for path in (p for folder in notebook_folders() for p in sorted(folder.glob('*.ipynb'))):
-        if path.stem in found or not parameters_cell(path): continue
+        if path.stem in found or not parameters_cell(path):
+            continue
         found[path.stem] = ''.join(_cells(path)[0]['source']).split('\n')[0].lstrip('# ')
     return found
 
 # %% ../../nbs/app/00_parameters.ipynb #c9140800
-def find_notebook(name:str) -> Path:
+def find_notebook(name: str) -> Path:
     "The file of a run notebook; `ValueError` names the nearest, `FileNotFoundError`: there is none."
-    paths = [folder/f'{name}.ipynb' for folder in notebook_folders()]
+    paths = [folder / f'{name}.ipynb' for folder in notebook_folders()]
     found = next((path for path in paths if path.exists()), None)
-    if found: return found
+    if found:
+        return found
     known = run_notebooks()
-    if known: raise ValueError(f'notebook={name!r} is not known' + did_you_mean(name, known))
-    raise FileNotFoundError(f'{name}.ipynb is not in a folder nbs here or above; change to a checkout of fdsl_nb')
+    if known:
+        raise ValueError(f'notebook={name!r} is not known' + did_you_mean(name, known))
+    raise FileNotFoundError(
+        f'{name}.ipynb is not in a folder nbs here or above; change to a checkout of fdsl_nb'
+    )
+
 
 def read_parameters(
-    notebook:str,         # pretrain, finetune, …
-) -> dict:                # name → `Parameter`
+    notebook: str,  # pretrain, finetune, …
+) -> dict:  # name → `Parameter`
     "The form of a run notebook, in the order of its cell."
     path = find_notebook(notebook)
     source = parameters_cell(path)
-    if not source: raise ValueError(f'{path} has no cell tagged parameters; restore the notebook')
+    if not source:
+        raise ValueError(f'{path} has no cell tagged parameters; restore the notebook')
     return parse_parameters(source, path.name)
 
 # %% ../../nbs/app/00_parameters.ipynb #1c9dd171
-def fits(p:Parameter, value) -> bool:
+def fits(p: Parameter, value) -> bool:
     "Is the value of the parameter's type?"
-    if value is None: return p.default is None
-    if p.type is list: return isinstance(value, list) and all(isinstance(word, str) for word in value)
+    if value is None:
+        return p.default is None
+    if p.type is list:
+        return isinstance(value, list) and all(isinstance(word, str) for word in value)
     kinds = (float, int) if p.type is float else p.type
     return isinstance(value, kinds) and isinstance(value, bool) == (p.type is bool)
 
 # %% ../../nbs/app/00_parameters.ipynb #c9986636
-def from_text(p:Parameter, value):
+def from_text(p: Parameter, value):
     "The value that a text means, where the parameter is no text; any other value as it is."
-    if not isinstance(value, str): return value
-    if p.type is bool: return dict(true=True, false=False).get(value.lower(), value)
-    if p.type is list: return [word.strip() for word in value.split(',')]
+    if not isinstance(value, str):
+        return value
+    if p.type is bool:
+        return dict(true=True, false=False).get(value.lower(), value)
+    if p.type is list:
+        return [word.strip() for word in value.split(',')]
     return value
 
+
 def _example(p):
-    if p.default is not None: return p.default
+    if p.default is not None:
+        return p.default
     return {int: 10, float: 0.1, str: "'…'", bool: True, dict: '{}', list: "['…']"}[p.type]
 
 # %% ../../nbs/app/00_parameters.ipynb #49d8ba04
 def check_parameters(
-    notebook:str,         # pretrain, finetune, …
-    given:dict,           # name → value
-) -> dict:                # the same, texts read where the type is another
+    notebook: str,  # pretrain, finetune, …
+    given: dict,  # name → value
+) -> dict:  # the same, texts read where the type is another
     "`TypeError` for a name that the notebook does not have or a value of another type than declared."
     declared, checked = read_parameters(notebook), {}
     for name, value in given.items():
         if name not in declared:
-            raise TypeError(f'{notebook}: {name}={value!r} is not a parameter' + did_you_mean(name, declared))
+            raise TypeError(
+                f'{notebook}: {name}={value!r} is not a parameter' + did_you_mean(name, declared)
+            )
         p = declared[name]
         checked[name] = from_text(p, value)
-        if fits(p, checked[name]): continue
+        if fits(p, checked[name]):
+            continue
         wanted = f'{p.type.__name__}, for example {_example(p)}; {p.help}'
         raise TypeError(f'{notebook}: {name}={value!r} should be of type {wanted}')
     return checked

@@ -22,133 +22,255 @@ from ..training.training import open_splits, read_recipe, run_training
 from ..training.validation import open_examined, read_answers
 
 # %% ../../nbs/app/05_report.ipynb #3867d1f8
-def kept(figure, config:dict, name:str):
+def kept(figure, config: dict, name: str):
     "Saves a figure as `name` in the run's folder (process 0 does) and returns it."
     folder, ranks = Path(config['folder'].value), found_ranks()
-    if ranks and ranks['rank']: return figure
+    if ranks and ranks['rank']:
+        return figure
     figure.savefig(RunFolder(folder).output(name), dpi=100)
     return figure
 
 # %% ../../nbs/app/05_report.ipynb #82fda5a9
 def _rows_of(data, classes, images):
     "(title, image numbers) of each row: a class, or where images have several labels, just the first ones."
-    if data.multilabel: return [('', range(r * images, min((r + 1) * images, len(data)))) for r in range(min(classes, -(-len(data) // images)))]
-    of_class = lambda c: islice((i for i in range(len(data)) if data.label(i) == c), images)
-    return [(f'class {data.classes[c]}', list(of_class(c))) for c in range(min(classes, len(data.classes)))]
+    if data.multilabel:
+        return [
+            ('', range(r * images, min((r + 1) * images, len(data))))
+            for r in range(min(classes, -(-len(data) // images)))
+        ]
 
-def show_samples(config:dict, classes:int=3, images:int=4):
+    def of_class(c):
+        return islice((i for i in range(len(data)) if data.label(i) == c), images)
+
+    return [
+        (f'class {data.classes[c]}', list(of_class(c)))
+        for c in range(min(classes, len(data.classes)))
+    ]
+
+
+def show_samples(config: dict, classes: int = 3, images: int = 4):
     "Some images of the data set, left as they are, right as the network sees them in epoch 0; kept as `samples.png`."
     values = {k: v.value for k, v in config.items()}
     data, r = open_splits(values)['train'], read_recipe(values)
-    seen, rows, chosen = Augmented(data, train_transform(r), values['seed'], r.repeats), [], _rows_of(data, classes, images)
+    seen, rows, chosen = (
+        Augmented(data, train_transform(r), values['seed'], r.repeats),
+        [],
+        _rows_of(data, classes, images),
+    )
     for _, own in chosen:
-        views = [seen[Draw(0, i)][0].reshape(-1, 3, r.image_size, r.image_size)[-1].permute(1, 2, 0).numpy() * r.std + r.mean for i in own]
-        rows.append([np.array(data[i][0]) for i in own] + [np.uint8(255 * v.clip(0, 1)) for v in views])
+        views = [
+            seen[Draw(0, i)][0]
+            .reshape(-1, 3, r.image_size, r.image_size)[-1]
+            .permute(1, 2, 0)
+            .numpy()
+            * r.std
+            + r.mean
+            for i in own
+        ]
+        rows.append(
+            [np.array(data[i][0]) for i in own] + [np.uint8(255 * v.clip(0, 1)) for v in views]
+        )
     return kept(show_grid(rows, [title for title, _ in chosen], 0.9), config, 'samples.png')
 
 # %% ../../nbs/app/05_report.ipynb #f6a10dfc
-def show_curves(config:dict):
+def show_curves(config: dict):
     "Loss, accuracy and learning rate by epoch, from `summary.csv`; kept as `curves.png`."
     import matplotlib.pyplot as plt
+
     rows = pd.DataFrame(read_summary(RunFolder(config['folder'].value))).set_index('epoch')
     columns = [c for c in (('train_loss', 'eval_loss'), ('eval_top1',), ('lr',)) if c[0] in rows]
-    figure, axes = plt.subplots(1, len(columns), figsize=(3.2 * len(columns), 2.4), layout='constrained', squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(columns), figsize=(3.2 * len(columns), 2.4), layout='constrained', squeeze=False
+    )
     for ax, names in zip(axes[0], columns):
         for name in names:
-            if name in rows: ax.plot(rows.index + 1, rows[name], 'o-', ms=3, label=name)
-        if 'eval_top1' in names: draw_published(ax, config)
+            if name in rows:
+                ax.plot(rows.index + 1, rows[name], 'o-', ms=3, label=name)
+        if 'eval_top1' in names:
+            draw_published(ax, config)
         ax.legend(fontsize=8)
         ax.set_xlabel('epoch')
-        ax.grid(alpha=.3)
+        ax.grid(alpha=0.3)
     return kept(figure, config, 'curves.png')
 
-def draw_published(ax, config:dict):
+
+def draw_published(ax, config: dict):
     "A dotted line where the recipe's paper ended on this data set, if it reported that."
-    for label, number in published_of([{k: v.value for k, v in config.items()}]).items(): ax.axhline(number, color='k', ls=':', lw=1, label=label)
+    for label, number in published_of([{k: v.value for k, v in config.items()}]).items():
+        ax.axhline(number, color='k', ls=':', lw=1, label=label)
 
 # %% ../../nbs/app/05_report.ipynb #45b2d655
-def starts(config:dict, scratch:bool, seeds:int) -> list:
+def starts(config: dict, scratch: bool, seeds: int) -> list:
     "The runs of a fine-tuning: (start, seed, configuration), first the one that was asked for."
     base, out = Path(config['folder'].value), []
-    names = [('pre-trained', config['weights'].value)] * bool(config['weights'].value) + [('scratch', '')] * (scratch or not config['weights'].value)
+    names = [('pre-trained', config['weights'].value)] * bool(config['weights'].value) + [
+        ('scratch', '')
+    ] * (scratch or not config['weights'].value)
     for number in range(seeds):
         for name, weights in names:
             seed = config['seed'].value + number
-            folder = base if not out else base/f'{name}-seed{seed}'
-            out.append((name, seed, config | dict(seed=Resolved(seed, config['seed'].source), folder=Resolved(str(folder), 'output'),
-                weights=Resolved(weights, config['weights'].source if weights else 'scratch'))))
+            folder = base if not out else base / f'{name}-seed{seed}'
+            out.append(
+                (
+                    name,
+                    seed,
+                    config
+                    | dict(
+                        seed=Resolved(seed, config['seed'].source),
+                        folder=Resolved(str(folder), 'output'),
+                        weights=Resolved(
+                            weights, config['weights'].source if weights else 'scratch'
+                        ),
+                    ),
+                )
+            )
     return out
 
-def run_starts(config:dict, scratch:bool, seeds:int) -> pd.DataFrame:
+
+def run_starts(config: dict, scratch: bool, seeds: int) -> pd.DataFrame:
     "Trains all of `starts`; one row each: start, seed, correct, images, top1, seconds and the result itself."
     rows = []
     for name, seed, one in starts(config, scratch, seeds):
         print(f'— {name}, seed {seed}', flush=True)
         result = run_training(one)
-        rows.append(dict(start=name, seed=seed, **{k: result.get(k) for k in ('correct', 'images', 'top1', 'seconds')}, result=result))
+        rows.append(
+            dict(
+                start=name,
+                seed=seed,
+                **{k: result.get(k) for k in ('correct', 'images', 'top1', 'seconds')},
+                result=result,
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/app/05_report.ipynb #d231ce9c
-def summarise(runs:pd.DataFrame) -> pd.DataFrame:
+def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     "Per start: number of seeds, mean and sample deviation of top-1 (percent), mean wall time (minutes), correct and images of each seed."
     groups = runs.groupby('start', sort=False)
-    return pd.DataFrame(dict(seeds=groups.size(), mean_top1=groups.top1.mean().round(2), deviation=groups.top1.std().round(2), minutes=(groups.seconds.mean() / 60).round(2),
-        right=groups.apply(lambda g: ', '.join(f'{c}/{n}' for c, n in zip(g.correct, g.images)), include_groups=False)))
+    return pd.DataFrame(
+        dict(
+            seeds=groups.size(),
+            mean_top1=groups.top1.mean().round(2),
+            deviation=groups.top1.std().round(2),
+            minutes=(groups.seconds.mean() / 60).round(2),
+            right=groups.apply(
+                lambda g: ', '.join(f'{c}/{n}' for c, n in zip(g.correct, g.images)),
+                include_groups=False,
+            ),
+        )
+    )
 
 # %% ../../nbs/app/05_report.ipynb #114e5ca5
-def show_starts(config:dict, runs:pd.DataFrame):
+def show_starts(config: dict, runs: pd.DataFrame):
     "Accuracy by epoch and final accuracy of every run, and the first run's confusion; kept as `report.png`."
     import matplotlib.pyplot as plt
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10.5, 3.4), layout='constrained', width_ratios=(1.2, 0.7, 1))
+
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(10.5, 3.4), layout='constrained', width_ratios=(1.2, 0.7, 1)
+    )
     colours = dict(zip(runs.start.unique(), ('tab:blue', 'tab:orange')))
     for name, seed, one in starts(config, runs.start.nunique() > 1, runs.seed.nunique()):
         rows = pd.DataFrame(read_summary(RunFolder(one['folder'].value)))
-        if 'eval_top1' in rows: left.plot(rows.epoch + 1, rows.eval_top1, color=colours[name], label=name if seed == config['seed'].value else None)
+        if 'eval_top1' in rows:
+            left.plot(
+                rows.epoch + 1,
+                rows.eval_top1,
+                color=colours[name],
+                label=name if seed == config['seed'].value else None,
+            )
     left.set(xlabel='epoch', ylabel='top-1 on val, %')
     draw_published(left, config)
     left.legend(fontsize=8)
     show_ends(runs, colours, middle)
     first = runs.result[0]
-    show_confusion(Evaluation(np.array(first['confusion']), first['within_five'], first['loss'] * first['images']), first['classes'], right)
+    show_confusion(
+        Evaluation(
+            np.array(first['confusion']), first['within_five'], first['loss'] * first['images']
+        ),
+        first['classes'],
+        right,
+    )
     return kept(figure, config, 'report.png')
 
 # %% ../../nbs/app/05_report.ipynb #13cec8b3
 def show_ends(runs, colours, ax):
     "Final accuracy: a point a seed, a bar for the mean of each start, into matplotlib axes `ax`."
     for x, (name, g) in enumerate(runs.groupby('start', sort=False)):
-        ax.plot([x] * len(g), g.top1, 'o', color=colours[name], alpha=.7)
-        ax.hlines(g.top1.mean(), x - .3, x + .3, color=colours[name])
-    ax.set(xticks=range(len(colours)), xticklabels=colours, xlim=(-.6, len(colours) - .4), ylabel=f"top-1 on {runs.result[0]['split']}, %")
+        ax.plot([x] * len(g), g.top1, 'o', color=colours[name], alpha=0.7)
+        ax.hlines(g.top1.mean(), x - 0.3, x + 0.3, color=colours[name])
+    ax.set(
+        xticks=range(len(colours)),
+        xticklabels=colours,
+        xlim=(-0.6, len(colours) - 0.4),
+        ylabel=f"top-1 on {runs.result[0]['split']}, %",
+    )
 
 # %% ../../nbs/app/05_report.ipynb #a2435e85
-RULES = dict(top1=('top-1, exact', 'correct'), top5=('within five, exact', 'within_five'), published_top1=('top-1, mean over batches, as published', None),
-    real_top1=('top-1, ImageNet-ReaL', 'real_correct'))
+RULES = dict(
+    top1=('top-1, exact', 'correct'),
+    top5=('within five, exact', 'within_five'),
+    published_top1=('top-1, mean over batches, as published', None),
+    real_top1=('top-1, ImageNet-ReaL', 'real_correct'),
+)
 
-def show_result(result:dict) -> pd.DataFrame:
+
+def show_result(result: dict) -> pd.DataFrame:
     "The figures of an examination, each with the rule it was counted by."
     rows = [('images', f"{result['images']:,} of {result['split']}")]
     for name, (rule, whole) in RULES.items():
         scored = result.get('real_images') if name == 'real_top1' else result['images']
-        if name in result: rows.append((rule, f'{result[name]:.2f} %' + (f' ({result[whole]:,} of {scored:,})' if whole in result else '')))
-    other = [k for k in result if isinstance(result[k], float) and k not in RULES and k != 'seconds']
+        if name in result:
+            rows.append(
+                (
+                    rule,
+                    f'{result[name]:.2f} %'
+                    + (f' ({result[whole]:,} of {scored:,})' if whole in result else ''),
+                )
+            )
+    other = [
+        k for k in result if isinstance(result[k], float) and k not in RULES and k != 'seconds'
+    ]
     rows += [(k.replace('_', ' '), f'{result[k]:.4f}') for k in other]
-    return pd.DataFrame([*rows, ('weights', result['weights'].split('\n')[0])], columns=['what', 'value']).set_index('what')
+    return pd.DataFrame(
+        [*rows, ('weights', result['weights'].split('\n')[0])], columns=['what', 'value']
+    ).set_index('what')
 
 # %% ../../nbs/app/05_report.ipynb #b9a19d70
-def show_classes(config:dict, rows:int=10) -> pd.DataFrame|None:
+def show_classes(config: dict, rows: int = 10) -> pd.DataFrame | None:
     "The worst classes of an examination; None where classes were not counted."
-    path = Path(config['folder'].value)/'classes.csv'
-    if not path.exists(): return None
-    table = pd.read_csv(path, dtype={'class': str, 'most often taken for': str}, keep_default_na=False, na_values={'accuracy': ''}).set_index('class')
+    path = Path(config['folder'].value) / 'classes.csv'
+    if not path.exists():
+        return None
+    table = pd.read_csv(
+        path,
+        dtype={'class': str, 'most often taken for': str},
+        keep_default_na=False,
+        na_values={'accuracy': ''},
+    ).set_index('class')
     return table.head(rows).round(1)
 
-def show_answers(config:dict, result:dict):
-    "What was confused with what, of up to 1,000 classes; kept as `confusion.png`."
-    if show_classes(config) is None or len(result['classes']) > 1000: return None
-    return kept(show_confusion(read_answers(RunFolder(config['folder'].value)).counts(len(result['classes'])), result['classes']), config, 'confusion.png')
 
-def show_wrong(config:dict, result:dict):
+def show_answers(config: dict, result: dict):
+    "What was confused with what, of up to 1,000 classes; kept as `confusion.png`."
+    if show_classes(config) is None or len(result['classes']) > 1000:
+        return None
+    return kept(
+        show_confusion(
+            read_answers(RunFolder(config['folder'].value)).counts(len(result['classes'])),
+            result['classes'],
+        ),
+        config,
+        'confusion.png',
+    )
+
+
+def show_wrong(config: dict, result: dict):
     "A sample of the mistakes, from the surest to the nearest miss; kept as `mistakes.png`."
-    if show_classes(config) is None: return None
+    if show_classes(config) is None:
+        return None
     data = open_examined({k: v.value for k, v in config.items()})[1]
-    return kept(show_mistakes(read_answers(RunFolder(config['folder'].value)), data, result['classes']), config, 'mistakes.png')
+    return kept(
+        show_mistakes(read_answers(RunFolder(config['folder'].value)), data, result['classes']),
+        config,
+        'mistakes.png',
+    )

@@ -24,19 +24,20 @@ from .parameters import check_parameters, read_parameters
 
 # %% ../../nbs/app/04_runs.ipynb #d8270bf4
 def injected(
-    namespace:dict,       # the notebook's globals()
-) -> dict:                # name → value
+    namespace: dict,  # the notebook's globals()
+) -> dict:  # name → value
     "The parameters papermill put into this notebook; empty when nobody did."
     sources = [s for s in namespace.get('In', []) if s.startswith('# Parameters\n')]
-    if not sources: return {}
+    if not sources:
+        return {}
     assigned = [node for node in ast.parse(sources[-1]).body if isinstance(node, ast.Assign)]
     return {target.id: namespace[target.id] for node in assigned for target in node.targets}
 
 # %% ../../nbs/app/04_runs.ipynb #cdfbd160
 def declared_values(
-    notebook:str,         # pretrain, finetune, …
-    namespace:dict,       # the notebook's globals(); its variables get the checked values
-) -> dict:                # name → value
+    notebook: str,  # pretrain, finetune, …
+    namespace: dict,  # the notebook's globals(); its variables get the checked values
+) -> dict:  # name → value
     "The values in the notebook of all declared parameters, checked together with papermill's."
     written = {name: namespace[name] for name in read_parameters(notebook) if name in namespace}
     values = check_parameters(notebook, written | injected(namespace))
@@ -45,20 +46,21 @@ def declared_values(
 
 # %% ../../nbs/app/04_runs.ipynb #9a6bc618
 def unasked(
-    notebook:str,         # pretrain, finetune, …
-) -> dict:                # name → value
+    notebook: str,  # pretrain, finetune, …
+) -> dict:  # name → value
     "What a run does of itself, in the parameters that are never empty."
     if notebook not in ('pretrain', 'finetune', 'evaluate'):
         return {p.name: p.default for p in read_parameters(notebook).values()}
     of_itself = {name: RUN[name] for name in ('seed', 'restart', 'save_inputs')}
-    if notebook == 'evaluate': return of_itself | {k: EXAMINED[k] for k in ('labels', 'metric', 'ema')}
+    if notebook == 'evaluate':
+        return of_itself | {k: EXAMINED[k] for k in ('labels', 'metric', 'ema')}
     return of_itself | dict(dataset=recipe(None, notebook).dataset, budget=BUDGETS[0])
 
 # %% ../../nbs/app/04_runs.ipynb #8ad4651e
 def given_values(
-    notebook:str,         # pretrain, finetune, …
-    namespace:dict,       # the notebook's globals()
-) -> dict:                # name → value
+    notebook: str,  # pretrain, finetune, …
+    namespace: dict,  # the notebook's globals()
+) -> dict:  # name → value
     "The parameters that somebody gave: all from papermill, and what the cell asks for; never None."
     values = declared_values(notebook, namespace)
     told, standing = injected(namespace), unasked(notebook)
@@ -66,40 +68,46 @@ def given_values(
     return {k: v for k, v in asked.items() if v is not None}
 
 # %% ../../nbs/app/04_runs.ipynb #81139691
-def executed_path() -> Path|None:
+def executed_path() -> Path | None:
     "Where papermill, this kernel's parent, will write the executed notebook; None without papermill."
-    try: line = psutil.Process().parent().cmdline()
-    except (psutil.Error, AttributeError): return None
+    try:
+        line = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):
+        return None
     names = [Path(word).name for word in line[:4]]
     at = next((i for i, name in enumerate(names) if name in ('papermill', 'papermill.exe')), None)
-    if at is None: return None
-    context = papermill_command.make_context('papermill', line[at + 1:], resilient_parsing=True)
+    if at is None:
+        return None
+    context = papermill_command.make_context('papermill', line[at + 1 :], resilient_parsing=True)
     out = context.params['output_path']
     return Path(out) if out and out != '-' else None
 
 # %% ../../nbs/app/04_runs.ipynb #6694647a
 def run_folder(
-    notebook:str,         # pretrain, finetune, …
-    values:dict,          # the parameters
+    notebook: str,  # pretrain, finetune, …
+    values: dict,  # the parameters
 ) -> RunFolder:
     "Named by `run`, else beside the executed notebook, else `NOTEBOOK-DATASET` in the output root."
     root = Path(machine_settings()['output_root'].value)
-    if values.get('run'): return RunFolder(root/values['run'])
+    if values.get('run'):
+        return RunFolder(root / values['run'])
     out = executed_path()
-    if out: return RunFolder(out.parent)
+    if out:
+        return RunFolder(out.parent)
     about = values.get('dataset') or values.get('weights')
-    return RunFolder(root/'-'.join([notebook, *[Path(str(about)).name] * bool(about)]))
+    return RunFolder(root / '-'.join([notebook, *[Path(str(about)).name] * bool(about)]))
 
 # %% ../../nbs/app/04_runs.ipynb #4f038961
-def where_it_runs(given:dict) -> dict: # name → `Resolved`
+def where_it_runs(given: dict) -> dict:  # name → `Resolved`
     "Machine settings and run parameters, and the precision where somebody chose one."
     machine = {k: v for k, v in machine_settings().items() if k in (*RUN, 'precision')}
-    if machine['precision'].value == 'recipe': del machine['precision']
+    if machine['precision'].value == 'recipe':
+        del machine['precision']
     values = {k: Resolved(v, 'default') for k, v in RUN.items()} | machine
     return values | {k: Resolved(given[k], 'parameter') for k in (*RUN, 'precision') if k in given}
 
 # %% ../../nbs/app/04_runs.ipynb #76e43b10
-def options_of(notebook:str, given:dict) -> dict:
+def options_of(notebook: str, given: dict) -> dict:
     "What was given as `options`; `TypeError` for a name or type that a recipe does not have."
     known = {f.name: f.type for f in fields(Recipe)}
     for name, value in (given.get('options') or {}).items():
@@ -114,7 +122,8 @@ def options_of(notebook:str, given:dict) -> dict:
 # %% ../../nbs/app/04_runs.ipynb #fbd56026
 KNOBS = ('classes', 'instances', 'size')
 
-def knobs_given(notebook:str, given:dict) -> dict:
+
+def knobs_given(notebook: str, given: dict) -> dict:
     "What was said of the formula, under the names of its knobs."
     named = ()
     if notebook == 'pretrain':
@@ -123,11 +132,12 @@ def knobs_given(notebook:str, given:dict) -> dict:
     return {k: given[k] for k in named if k in given} | given.get('knobs', {})
 
 # %% ../../nbs/app/04_runs.ipynb #b387ed76
-def what_is_trained(notebook:str, given:dict) -> dict: # name → `Resolved`
+def what_is_trained(notebook: str, given: dict) -> dict:  # name → `Resolved`
     "The recipe, shrunk or not, overruled by what was given and by the checkpoint's architecture."
     own = {k: given[k] for k in given if k in {f.name for f in fields(Recipe)} - {'knobs'}}
     knobs = knobs_given(notebook, given)
-    if knobs: own['knobs'] = knobs
+    if knobs:
+        own['knobs'] = knobs
     config = resolve(notebook, own, given.get('recipe'), given.get('budget', BUDGETS[0]))
     if given.get('weights') and 'model' not in given:
         architecture = architecture_of(given['weights'])
@@ -138,50 +148,61 @@ def what_is_trained(notebook:str, given:dict) -> dict: # name → `Resolved`
 
 # %% ../../nbs/app/04_runs.ipynb #b31406c4
 def configuration(
-    notebook:str,         # pretrain, finetune or evaluate
-    given:dict,           # name → value of the parameters that somebody gave
-    folder:RunFolder,
-) -> dict:                # name → `Resolved`: fields of a `Recipe` and of `RUN`
+    notebook: str,  # pretrain, finetune or evaluate
+    given: dict,  # name → value of the parameters that somebody gave
+    folder: RunFolder,
+) -> dict:  # name → `Resolved`: fields of a `Recipe` and of `RUN`
     "Recipe, budget, checkpoint, machine and parameters as one configuration, each value with its source."
     given = {k: v for k, v in given.items() if v is not None} | options_of(notebook, given)
     ends = dict(stage=Resolved(notebook, 'notebook'), folder=Resolved(str(folder.path), 'output'))
-    if notebook != 'evaluate': return what_is_trained(notebook, given) | where_it_runs(given) | ends
+    if notebook != 'evaluate':
+        return what_is_trained(notebook, given) | where_it_runs(given) | ends
     asked = ('workers', 'processes', 'restart')
     return examination(given) | {k: v for k, v in where_it_runs(given).items() if k in asked} | ends
 
 # %% ../../nbs/app/04_runs.ipynb #22b8b4c7
-def show_configuration(config:dict) -> pd.DataFrame:
+def show_configuration(config: dict) -> pd.DataFrame:
     "The configuration as a table, what was given by hand and what a checkpoint brought above."
     first = ('name', 'paper', 'cost', 'expected')
+
     def order(item):
         name, resolved = item
         source = resolved.source
         return name not in first, source != 'parameter', source != 'checkpoint', source
-    rows = [(name, resolved.value, resolved.source) for name, resolved in sorted(config.items(), key=order)]
+
+    rows = [
+        (name, resolved.value, resolved.source)
+        for name, resolved in sorted(config.items(), key=order)
+    ]
     return pd.DataFrame(rows, columns=['name', 'value', 'source']).set_index('name')
 
 # %% ../../nbs/app/04_runs.ipynb #a49aaa17
 def start_run(
-    notebook:str,         # pretrain, finetune or evaluate
-    namespace:dict,       # the notebook's globals()
-) -> dict:                # name → `Resolved`
+    notebook: str,  # pretrain, finetune or evaluate
+    namespace: dict,  # the notebook's globals()
+) -> dict:  # name → `Resolved`
     "The notebook's parameters checked, its configuration; a slip makes a failed run and is raised."
     folder = run_folder(notebook, {k: namespace.get(k) for k in ('run', 'dataset', 'weights')})
     try:
         config = configuration(notebook, given_values(notebook, namespace), folder)
-        if notebook == 'evaluate': open_examined({k: v.value for k, v in config.items()})
+        if notebook == 'evaluate':
+            open_examined({k: v.value for k, v in config.items()})
         else:
             knobs = config['knobs'].value
             open_dataset(config['dataset'].value, data=config['data'].value, **knobs)
-        if config['restart'].value: _begin_anew(notebook, folder, config)
+        if config['restart'].value:
+            _begin_anew(notebook, folder, config)
         return config
     except Exception as e:
-        if folder.state in ('new', 'failed'): set_stopped(folder, e)
+        if folder.state in ('new', 'failed'):
+            set_stopped(folder, e)
         raise
 
 # %% ../../nbs/app/04_runs.ipynb #76b6d79a
 def _begin_anew(notebook, folder, config):
     ranks = found_ranks()
-    if ranks and ranks['rank']: return
-    if notebook == 'evaluate' and read_config(folder).get('stage', notebook) != notebook: return
+    if ranks and ranks['rank']:
+        return
+    if notebook == 'evaluate' and read_config(folder).get('stage', notebook) != notebook:
+        return
     set_aside(folder, [config[k].value for k in ('weights', 'dataset', 'data') if config[k].value])

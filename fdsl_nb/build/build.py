@@ -31,48 +31,61 @@ from .source import Source, as_source
 def _images_for(source, n, format, wanted):
     "How many images fill about `wanted` bytes: from 32 of them, with their two tar headers and the class."
     sample = [len(encode(source.pixels(i), format)) for i in range(0, n, max(1, n // 32))]
-    return max(1, int(wanted / (sum(-(-size // 512) * 512 + 3 * 512 for size in sample) / len(sample))))
+    return max(
+        1, int(wanted / (sum(-(-size // 512) * 512 + 3 * 512 for size in sample) / len(sample)))
+    )
 
 # %% ../../nbs/build/01_build.ipynb #17a475e0
 def make_plan(
-    source,               # what `as_source` takes: a formula, for example
-    layout:str='plain',   # plain, published or shards
-    format:str='png',     # png or zstd
-    shard_images:int=10_000, # images of a shard
-    shard_bytes:int=None, # instead: bytes of a shard, about
-    seed:int=0,           # of the shuffle over the shards
+    source,  # what `as_source` takes: a formula, for example
+    layout: str = 'plain',  # plain, published or shards
+    format: str = 'png',  # png or zstd
+    shard_images: int = 10_000,  # images of a shard
+    shard_bytes: int = None,  # instead: bytes of a shard, about
+    seed: int = 0,  # of the shuffle over the shards
 ) -> Plan:
     "The arrangement of a build; `ValueError` names a layout, format or family that does not go together."
     for name, value, known in (('layout', layout, LAYOUTS), ('format', format, FORMATS)):
-        if value not in known: raise ValueError(f'{name}={value!r} is not known' + did_you_mean(value, known))
+        if value not in known:
+            raise ValueError(f'{name}={value!r} is not known' + did_you_mean(value, known))
     source = as_source(source)
     shape = source.shape()
-    if layout == 'published': shape['spec'] = _published(source, format)
-    if layout != 'shards': return Plan(layout, format, **shape)
+    if layout == 'published':
+        shape['spec'] = _published(source, format)
+    if layout != 'shards':
+        return Plan(layout, format, **shape)
     plan = Plan(layout, format, **shape, shard_images=1)
     images = _images_for(source, len(plan), format, shard_bytes) if shard_bytes else shard_images
-    if images < 1: raise ValueError(f'shard_images={images} is no size; give 1 or more')
+    if images < 1:
+        raise ValueError(f'shard_images={images} is no size; give 1 or more')
     return dataclasses.replace(plan, shard_images=images, seed=seed)
+
 
 def _published(source, format):
     spec = source.published_spec()
-    if format != 'png': raise ValueError(f"layout='published' with format={format!r}: published files are PNG; choose format='png'")
+    if format != 'png':
+        raise ValueError(
+            f"layout='published' with format={format!r}: published files are PNG; choose format='png'"
+        )
     return spec
 
 # %% ../../nbs/build/01_build.ipynb #faac4acc
 @dataclass(frozen=True)
 class Job:
     "All that a worker must know: what, how, where."
+
     source: Source
     plan: Plan
     out: str
+
 
 def _member(name, data):
     info = tarfile.TarInfo(name)
     info.size, info.mode = len(data), 0o644
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
 
-def shard_members(job:Job, p:int):
+
+def shard_members(job: Job, p: int):
     "Yields shard `p` of a job piece by piece: (bytes, length of the picture in them, or 0)."
     suffix = FORMATS[job.plan.format]
     for i in job.plan.images_at(job.plan.places(p)).tolist():
@@ -80,231 +93,350 @@ def shard_members(job:Job, p:int):
         yield _member(f'{key}.cls', b'%d' % job.plan.address(i)[0]), 0
         data = encode(job.source.pixels(i), job.plan.format)
         yield _member(f'{key}.{suffix}', data), len(data)
-    yield bytes(1024), 0                        # a tar ends with two empty blocks
+    yield bytes(1024), 0  # a tar ends with two empty blocks
 
 # %% ../../nbs/build/01_build.ipynb #8f08266d
-def write_shard(job:Job, p:int) -> tuple:
+def write_shard(job: Job, p: int) -> tuple:
     "Writes shard `p` and its index; its line of the manifest: (part, images, bytes, sha256)."
     name, sha, index, size = job.plan.part(p), hashlib.sha256(), [], 0
     with whole_file(inside(job.out, name)) as f:
         for piece, picture in shard_members(job, p):
             f.write(piece)
             sha.update(piece)
-            if picture: index.append((size + 512, picture))
+            if picture:
+                index.append((size + 512, picture))
             size += len(piece)
-    with whole_file(inside(job.out, f'index/{name[:-4]}.idx')) as f: f.write(np.array(index, '<i8').tobytes())
+    with whole_file(inside(job.out, f'index/{name[:-4]}.idx')) as f:
+        f.write(np.array(index, '<i8').tobytes())
     return name, len(index), size, sha.hexdigest()
 
 # %% ../../nbs/build/01_build.ipynb #41f1507c
-def class_files(job:Job, p:int):
+def class_files(job: Job, p: int):
     "Yields the files of class folder `p` of a job: (name, bytes)."
-    for i in job.plan.places(p): yield Path(job.plan.file(i)).name, encode(job.source.pixels(i), job.plan.format)
+    for i in job.plan.places(p):
+        yield Path(job.plan.file(i)).name, encode(job.source.pixels(i), job.plan.format)
 
-def digest(sha, name:str, data:bytes):
+
+def digest(sha, name: str, data: bytes):
     "Adds a file of a class folder to the checksum of the folder."
     sha.update(f'{name} {len(data)}\n'.encode() + data)
 
 # %% ../../nbs/build/01_build.ipynb #26ea594c
-def write_class(job:Job, p:int) -> tuple:
+def write_class(job: Job, p: int) -> tuple:
     "Writes class folder `p`; its line of the manifest: (part, images, bytes, sha256)."
     name, sha, size, count = job.plan.part(p), hashlib.sha256(), 0, 0
     folder = inside(job.out, name)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.', ignore_cleanup_errors=True) as draft:
-        filled = Path(draft)/'filled'
+    with tempfile.TemporaryDirectory(
+        dir=folder.parent, prefix=f'.{folder.name}.', ignore_cleanup_errors=True
+    ) as draft:
+        filled = Path(draft) / 'filled'
         filled.mkdir()
         for file, data in class_files(job, p):
-            (filled/file).write_bytes(data)
+            (filled / file).write_bytes(data)
             digest(sha, file, data)
             size, count = size + len(data), count + 1
         _put_in_place(filled, folder)
     return name, count, size, sha.hexdigest()
 
+
 def _put_in_place(filled, folder):
     "Makes `folder` the filled one. If it is there, from a build that was killed before it wrote this down, its files are replaced; `ValueError` for a file that no build wrote."
-    if not folder.exists(): return os.rename(filled, folder)
+    if not folder.exists():
+        return os.rename(filled, folder)
     stray = sorted({p.name for p in folder.iterdir()} - {p.name for p in filled.iterdir()})
-    if stray: raise ValueError(f'{folder} holds {stray[0]}, which this build does not write; move it away, or choose another folder')
-    for file in filled.iterdir(): os.replace(file, inside(folder, file.name))
+    if stray:
+        raise ValueError(
+            f'{folder} holds {stray[0]}, which this build does not write; move it away, or choose another folder'
+        )
+    for file in filled.iterdir():
+        os.replace(file, inside(folder, file.name))
 
-def write_parts(job:Job, parts) -> list:
+
+def write_parts(job: Job, parts) -> list:
     "What a worker does: writes these parts and returns their lines."
-    return [(p, *(write_shard if job.plan.layout == 'shards' else write_class)(job, p)) for p in parts]
+    return [
+        (p, *(write_shard if job.plan.layout == 'shards' else write_class)(job, p)) for p in parts
+    ]
 
 # %% ../../nbs/build/01_build.ipynb #92f8ef7d
-def describe(job:Job) -> dict:
+def describe(job: Job) -> dict:
     "What `manifest.json` says: source, plan and the versions that decide bytes."
     packages = ('fdsl_nb', 'numpy', 'numba', 'pillow', 'zstandard')
-    versions = {name: importlib.metadata.version(name) for name in packages} | dict(zlib=features.version('zlib'))
+    versions = {name: importlib.metadata.version(name) for name in packages} | dict(
+        zlib=features.version('zlib')
+    )
     # as they will be read back: lists for tuples
-    return json.loads(json.dumps(dict(source=job.source.describe(), plan=dataclasses.asdict(job.plan), versions=versions)))
+    return json.loads(
+        json.dumps(
+            dict(source=job.source.describe(), plan=dataclasses.asdict(job.plan), versions=versions)
+        )
+    )
 
-def refuse_other_build(job:Job):
+
+def refuse_other_build(job: Job):
     "`ValueError` if the folder holds something else than this build, or this one begun with other versions."
     out, ours = Path(job.out), describe(job)
-    if not out.exists() or not any(out.iterdir()): return
-    if not (out/'manifest.json').exists(): raise ValueError(f'out={str(out)!r} is not empty and holds no build (for example {min(out.iterdir()).name}); choose a new folder')
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / 'manifest.json').exists():
+        raise ValueError(
+            f'out={str(out)!r} is not empty and holds no build (for example {min(out.iterdir()).name}); choose a new folder'
+        )
     theirs = read_manifest(out)
-    for section in ('source', 'plan') if (out/'manifest.csv').exists() else ours:
+    for section in ('source', 'plan') if (out / 'manifest.csv').exists() else ours:
         for key in ours[section] | theirs[section]:
             a, b = theirs[section].get(key), ours[section].get(key)
-            if a != b: raise ValueError(f'out={str(out)!r} holds another build: {section} {key}={a!r} there, {b!r} here; choose a new folder, or build with that')
+            if a != b:
+                raise ValueError(
+                    f'out={str(out)!r} holds another build: {section} {key}={a!r} there, {b!r} here; choose a new folder, or build with that'
+                )
 
 # %% ../../nbs/build/01_build.ipynb #e89cf71a
 @contextmanager
 def locked(out):
     "Nobody else builds in this folder during the block; `ValueError` if somebody does."
     import fcntl
-    with open(os.open(inside(out, '.lock'), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), 'r+') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise ValueError(f'out={str(out)!r}: another process is building there now; wait for it or choose another folder') from None
-        try: yield
-        finally: (out/'.lock').unlink(missing_ok=True)
+
+    with open(
+        os.open(inside(out, '.lock'), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), 'r+'
+    ) as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f'out={str(out)!r}: another process is building there now; wait for it or choose another folder'
+            ) from None
+        try:
+            yield
+        finally:
+            (out / '.lock').unlink(missing_ok=True)
+
 
 BESIDE = ('manifest.json', 'manifest.csv', 'README.md', 'contact_sheet.png', 'parameters.csv')
+
 
 def _clear_leftovers(job):
     parts = [PurePosixPath(job.plan.part(p)) for p in range(job.plan.parts)]
     remove_drafts(job.out, {*BESIDE, '.done.jsonl', *(p.name for p in parts if len(p.parts) == 1)})
-    if job.plan.layout == 'shards': remove_drafts(inside(job.out, 'index'), {f'{p.stem}.idx' for p in parts})
-    for above in {str(p.parent) for p in parts} - {'.'}: remove_drafts(inside(job.out, above), {p.name for p in parts})
+    if job.plan.layout == 'shards':
+        remove_drafts(inside(job.out, 'index'), {f'{p.stem}.idx' for p in parts})
+    for above in {str(p.parent) for p in parts} - {'.'}:
+        remove_drafts(inside(job.out, above), {p.name for p in parts})
 
 # %% ../../nbs/build/01_build.ipynb #11901b8a
 def _journal(job):
     "Finished parts, number → (part, images, bytes, sha256); what a kill cut short, or no build of this plan wrote, does not count."
-    path, found = Path(job.out)/'.done.jsonl', {}
+    path, found = Path(job.out) / '.done.jsonl', {}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             p, *said = json.loads(line)
-            if type(p) is int and 0 <= p < job.plan.parts and inside(job.out, said[0]).exists(): found[p] = _line(job.plan, p, said)
-        except (ValueError, TypeError, LookupError): pass
+            if type(p) is int and 0 <= p < job.plan.parts and inside(job.out, said[0]).exists():
+                found[p] = _line(job.plan, p, said)
+        except (ValueError, TypeError, LookupError):
+            pass
     return found
+
 
 def _line(plan, p, said):
     "A line about part `p` as (part, images, bytes, sha256); `ValueError` if it is none."
     part, images, size, sha = said[0], int(said[1]), int(said[2]), said[3]
-    if part != plan.part(p) or images != len(plan.places(p)) or size < 0 or len(sha) != 64: raise ValueError(f'{said} is no line about {plan.part(p)}')
+    if part != plan.part(p) or images != len(plan.places(p)) or size < 0 or len(sha) != 64:
+        raise ValueError(f'{said} is no line about {plan.part(p)}')
     return part, images, size, sha
 
-def read_lines(out, plan:Plan) -> list:
+
+def read_lines(out, plan: Plan) -> list:
     "The lines of `manifest.csv`, one a part of the plan: (part, images, bytes, sha256); `ValueError` if there are others."
-    path = Path(out)/'manifest.csv'
-    with open(path, newline='') as f: rows = list(csv.reader(f))[1:]
-    if len(rows) != plan.parts: raise ValueError(f'{path} has {len(rows)} lines for {plan.parts} parts; it is damaged: remove it, and run the same build again')
-    try: return [_line(plan, p, row) for p, row in enumerate(rows)]
-    except (ValueError, LookupError) as e: raise ValueError(f'{path} is damaged ({e}); remove it, and run the same build again') from None
+    path = Path(out) / 'manifest.csv'
+    with open(path, newline='') as f:
+        rows = list(csv.reader(f))[1:]
+    if len(rows) != plan.parts:
+        raise ValueError(
+            f'{path} has {len(rows)} lines for {plan.parts} parts; it is damaged: remove it, and run the same build again'
+        )
+    try:
+        return [_line(plan, p, row) for p, row in enumerate(rows)]
+    except (ValueError, LookupError) as e:
+        raise ValueError(
+            f'{path} is damaged ({e}); remove it, and run the same build again'
+        ) from None
+
 
 def _write_lines(out, lines):
-    with whole_file(Path(out)/'manifest.csv', 'w') as f: csv.writer(f, lineterminator='\n').writerows([('part', 'images', 'bytes', 'sha256'), *lines])
+    with whole_file(Path(out) / 'manifest.csv', 'w') as f:
+        csv.writer(f, lineterminator='\n').writerows(
+            [('part', 'images', 'bytes', 'sha256'), *lines]
+        )
+
 
 def chunks(plan, missing, images=200):
     "Part numbers in groups of some hundred images, so that sending a task costs little beside doing it."
     group, filled = [], 0
     for p in missing:
-        group.append(p); filled += len(plan.places(p))
-        if filled >= images: yield group; group, filled = [], 0
-    if group: yield group
+        group.append(p)
+        filled += len(plan.places(p))
+        if filled >= images:
+            yield group
+            group, filled = [], 0
+    if group:
+        yield group
 
 # %% ../../nbs/build/01_build.ipynb #24412c74
 def _watch(parent):
     def loop():
-        while os.getppid() == parent: time.sleep(0.5)
+        while os.getppid() == parent:
+            time.sleep(0.5)
         os._exit(1)
+
     threading.Thread(target=loop, daemon=True).start()
 
-def local_executor(workers:int) -> Executor:
+
+def local_executor(workers: int) -> Executor:
     "Worker processes on this machine, started afresh and ended with this one."
-    return ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _watch, (os.getpid(),))
+    return ProcessPoolExecutor(
+        workers, multiprocessing.get_context('spawn'), _watch, (os.getpid(),)
+    )
 
 # %% ../../nbs/build/01_build.ipynb #516e8ed6
 def finished(
-    tasks,                # iterable of (function, arguments)
-    executor:Executor=None, # None to do them here
-    ahead:int=64,         # tasks under way at a time
+    tasks,  # iterable of (function, arguments)
+    executor: Executor = None,  # None to do them here
+    ahead: int = 64,  # tasks under way at a time
 ):
     "Yields the results of tasks as they come; those not begun are dropped if one fails."
     if executor is None:
-        for function, arguments in tasks: yield function(*arguments)
+        for function, arguments in tasks:
+            yield function(*arguments)
         return
     tasks, under_way = iter(tasks), set()
     try:
         while True:
-            under_way |= {executor.submit(function, *arguments) for function, arguments in islice(tasks, ahead - len(under_way))}
-            if not under_way: return
+            under_way |= {
+                executor.submit(function, *arguments)
+                for function, arguments in islice(tasks, ahead - len(under_way))
+            }
+            if not under_way:
+                return
             done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-            for future in done: yield future.result()
+            for future in done:
+                yield future.result()
     finally:
-        for future in under_way: future.cancel()
+        for future in under_way:
+            future.cancel()
 
 # %% ../../nbs/build/01_build.ipynb #3a0a8728
 @contextmanager
 def open_executor(
-    scheduler:str='',     # '' for this machine; 'dask' for a local cluster; 'tcp://…' for a running one; 'mpi'
-    workers:int=0,        # on this machine; 0 for this process alone
+    scheduler: str = '',  # '' for this machine; 'dask' for a local cluster; 'tcp://…' for a running one; 'mpi'
+    workers: int = 0,  # on this machine; 0 for this process alone
 ):
     "Lends the executor that is meant: local processes (None without workers), Dask's or MPI's; `ImportError` names the extra that is missing."
     if not scheduler:
-        with local_executor(workers) if workers else nullcontext() as executor: yield executor
+        with local_executor(workers) if workers else nullcontext() as executor:
+            yield executor
     elif scheduler == 'mpi':
-        with _mpi_executor() as executor: yield executor
+        with _mpi_executor() as executor:
+            yield executor
     elif scheduler == 'dask' or '://' in scheduler:
-        where = dict(address=scheduler) if '://' in scheduler else dict(n_workers=max(1, workers), threads_per_worker=1, dashboard_address=None)
-        with extra_module('distributed', 'dask').Client(**where) as client: yield client.get_executor()
-    else: raise ValueError(f'scheduler={scheduler!r} is not known; give dask, mpi or an address such as tcp://host:8786, or leave it out')
+        where = (
+            dict(address=scheduler)
+            if '://' in scheduler
+            else dict(n_workers=max(1, workers), threads_per_worker=1, dashboard_address=None)
+        )
+        with extra_module('distributed', 'dask').Client(**where) as client:
+            yield client.get_executor()
+    else:
+        raise ValueError(
+            f'scheduler={scheduler!r} is not known; give dask, mpi or an address such as tcp://host:8786, or leave it out'
+        )
 
 # %% ../../nbs/build/01_build.ipynb #5b5f9b25
 def extra_module(module, extra):
     "An optional package; `ImportError` names the extra that brings it."
-    try: return import_module(module)
-    except ImportError: raise ImportError(f'{module} is not installed; install the extra: fdsl_nb[{extra}]') from None
-    except RuntimeError as e: raise ImportError(f'{module} finds no MPI on this machine ({str(e).splitlines()[0]}); load the cluster\'s module, or install the package openmpi') from None
+    try:
+        return import_module(module)
+    except ImportError:
+        raise ImportError(
+            f'{module} is not installed; install the extra: fdsl_nb[{extra}]'
+        ) from None
+    except RuntimeError as e:
+        raise ImportError(
+            f'{module} finds no MPI on this machine ({str(e).splitlines()[0]}); load the cluster\'s module, or install the package openmpi'
+        ) from None
+
 
 @contextmanager
 def _mpi_executor():
     futures, mpi = extra_module('mpi4py.futures', 'mpi'), extra_module('mpi4py.MPI', 'mpi')
-    if mpi.Is_finalized(): raise RuntimeError("scheduler='mpi': these processes have left MPI, once and for all; start them again")
-    if mpi.COMM_WORLD.size == 1: raise ValueError("scheduler='mpi': this process is alone; start it and its workers with mpirun -np N, as docs/cluster.md shows")
+    if mpi.Is_finalized():
+        raise RuntimeError(
+            "scheduler='mpi': these processes have left MPI, once and for all; start them again"
+        )
+    if mpi.COMM_WORLD.size == 1:
+        raise ValueError(
+            "scheduler='mpi': this process is alone; start it and its workers with mpirun -np N, as docs/cluster.md shows"
+        )
     with futures.MPICommExecutor() as executor:
         if executor is not None:
             yield executor
             return
-    yield None      # not inside the block above, which in workers swallows errors
+    yield None  # not inside the block above, which in workers swallows errors
+
 
 def leave_mpi():
     "All processes of `mpirun` leave MPI together. A script does so by itself when it ends; a notebook's kernel, asked to end, is killed while it waits for the others."
     mpi = sys.modules.get('mpi4py.MPI')
-    if mpi and not mpi.Is_finalized(): mpi.Finalize()
+    if mpi and not mpi.Is_finalized():
+        mpi.Finalize()
 
 # %% ../../nbs/build/01_build.ipynb #ae2c4187
-def print_progress(every:float=10.0):
+def print_progress(every: float = 10.0):
     "A progress function that prints a line every so many seconds, and the last one."
     last = [None]
+
     def show(done, total, drawn, seconds, part=None):
-        if done < total and last[0] is not None and seconds - last[0] < every: return
+        if done < total and last[0] is not None and seconds - last[0] < every:
+            return
         last[0], rate = seconds, drawn / max(seconds, 1e-9)
         left = f', {(total - done) / rate:,.0f} s left' if done < total and drawn else ''
         print(f'{done:,} of {total:,} images, {rate:,.0f} images/s{left}', flush=True)
+
     return show
 
 # %% ../../nbs/build/01_build.ipynb #03afb635
 @contextmanager
 def explained(job, done):
     "Errors of a build, told with what was kept and what to do."
-    def kept(): return f'{len(done)} of {job.plan.parts} parts are kept in {job.out}; the same build continues from there'
-    try: yield
-    except BrokenProcessPool: raise RuntimeError(f'a worker process was killed (short of memory? give fewer workers); {kept()}') from None
+
+    def kept():
+        return f'{len(done)} of {job.plan.parts} parts are kept in {job.out}; the same build continues from there'
+
+    try:
+        yield
+    except BrokenProcessPool:
+        raise RuntimeError(
+            f'a worker process was killed (short of memory? give fewer workers); {kept()}'
+        ) from None
     except OSError as e:
-        why = {errno.ENOSPC: 'the disk is full: make room', errno.EDQUOT: 'the quota is used up: make room', errno.EROFS: 'the folder can only be read: choose another',
-            errno.EACCES: 'the folder may not be written to: choose another, or change its rights'}
-        if e.errno not in why: raise
+        why = {
+            errno.ENOSPC: 'the disk is full: make room',
+            errno.EDQUOT: 'the quota is used up: make room',
+            errno.EROFS: 'the folder can only be read: choose another',
+            errno.EACCES: 'the folder may not be written to: choose another, or change its rights',
+        }
+        if e.errno not in why:
+            raise
         raise OSError(e.errno, f'{why[e.errno]} ({e.strerror}); {kept()}') from None
 
 # %% ../../nbs/build/01_build.ipynb #e10360f1
 def _start_journal(job):
     "The finished parts, and the journal, written anew without what a kill cut short."
     done = _journal(job)
-    with whole_file(Path(job.out)/'.done.jsonl', 'w') as f: f.writelines(json.dumps([p, *line]) + '\n' for p, line in done.items())
+    with whole_file(Path(job.out) / '.done.jsonl', 'w') as f:
+        f.writelines(json.dumps([p, *line]) + '\n' for p, line in done.items())
     return done
+
 
 def _write_missing(job, executor, ahead, progress):
     "Writes all parts that the journal does not hold; the lines of all parts, in order."
@@ -312,7 +444,7 @@ def _write_missing(job, executor, ahead, progress):
     before = count = sum(line[1] for line in done.values())
     progress(count, total, 0, 0.0)
     groups = chunks(job.plan, [p for p in range(job.plan.parts) if p not in done])
-    with explained(job, done), open(Path(job.out)/'.done.jsonl', 'a') as journal:
+    with explained(job, done), open(Path(job.out) / '.done.jsonl', 'a') as journal:
         for lines in finished(((write_parts, (job, group)) for group in groups), executor, ahead):
             for p, *line in lines:
                 journal.write(json.dumps([p, *line]) + '\n')
@@ -322,14 +454,21 @@ def _write_missing(job, executor, ahead, progress):
     return [done[p] for p in range(job.plan.parts)]
 
 # %% ../../nbs/build/01_build.ipynb #c92d93c3
-def contact_sheet(source:Source, plan:Plan, side:int=64, rows:int=8, columns:int=8) -> Image.Image:
+def contact_sheet(
+    source: Source, plan: Plan, side: int = 64, rows: int = 8, columns: int = 8
+) -> Image.Image:
     "Images of up to `rows` classes, a class a row, spread over the data set."
     classes = np.unique(np.linspace(0, plan.classes - 1, rows).astype(int))
     sheet = Image.new('RGB', (columns * (side + 2), len(classes) * (side + 2)), 'grey')
     for y, c in enumerate(classes.tolist()):
         first, end = int(plan.starts[c]), int(plan.starts[c + 1])
         for x, i in enumerate(range(first, min(end, first + columns))):
-            sheet.paste(Image.fromarray(source.pixels(i)).convert('RGB').resize((side, side), Image.Resampling.BOX), (x * (side + 2), y * (side + 2)))
+            sheet.paste(
+                Image.fromarray(source.pixels(i))
+                .convert('RGB')
+                .resize((side, side), Image.Resampling.BOX),
+                (x * (side + 2), y * (side + 2)),
+            )
     return sheet
 
 # %% ../../nbs/build/01_build.ipynb #df44af24
@@ -352,58 +491,87 @@ Made by `fdsl_nb`, which reads it with `open_dataset(folder)`: image *i* is the 
 `manifest.json` says exactly what was built; `manifest.csv` has images, bytes and SHA-256 of every part; `parameters.csv`, where there is one, the parameters of every class.
 `fdsl_nb.build.verify.verify(folder)` reads everything again, `repair(folder)` redraws what is damaged.
 """
-READING = dict(plain='Any reader of class folders reads it too.', published='The files are named as by the published program; any reader of class folders reads them too.',
+READING = dict(
+    plain='Any reader of class folders reads it too.',
+    published='The files are named as by the published program; any reader of class folders reads them too.',
     shards='Any WebDataset reader reads it too: each record has a picture and `.cls`, the class. `.npy.zst` is `np.load(io.BytesIO(zstandard.decompress(data)))`. '
-        'The shards are shuffled over all classes; `index/` holds first byte and length (two little-endian int64) of each picture.')
+    'The shards are shuffled over all classes; `index/` holds first byte and length (two little-endian int64) of each picture.',
+)
 
 # %% ../../nbs/build/01_build.ipynb #c2f01e59
-def data_card(job:Job) -> str:
+def data_card(job: Job) -> str:
     "The text of `README.md`."
     said, source, plan = describe(job), job.source, job.plan
-    rows = {k: v for k, v in said['source'].items() if k not in ('classes', 'family', 'fingerprint')}
-    return CARD.format(title=f'{source.title}: {len(plan):,} images', about=source.sentence,
-        images=len(plan), classes=plan.classes, layout=plan.layout, format=plan.format, reading=READING[plan.layout],
-        knobs='\n'.join(f'| {k} | {v} |' for k, v in rows.items()), versions=', '.join(f'{k} {v}' for k, v in said['versions'].items()))
+    rows = {
+        k: v for k, v in said['source'].items() if k not in ('classes', 'family', 'fingerprint')
+    }
+    return CARD.format(
+        title=f'{source.title}: {len(plan):,} images',
+        about=source.sentence,
+        images=len(plan),
+        classes=plan.classes,
+        layout=plan.layout,
+        format=plan.format,
+        reading=READING[plan.layout],
+        knobs='\n'.join(f'| {k} | {v} |' for k, v in rows.items()),
+        versions=', '.join(f'{k} {v}' for k, v in said['versions'].items()),
+    )
 
-def write_beside(job:Job, workers:int=1):
+
+def write_beside(job: Job, workers: int = 1):
     "Writes the parameter table, the contact sheet and the data card."
     out, table = Path(job.out), job.source.parameters(workers)
     if table is not None:
-        with whole_file(out/'parameters.csv', 'w') as f: table.to_csv(f, index=False, lineterminator='\n')
-    with whole_file(out/'contact_sheet.png') as f: contact_sheet(job.source, job.plan).save(f, 'PNG')
-    with whole_file(out/'README.md', 'w') as f: f.write(data_card(job))
+        with whole_file(out / 'parameters.csv', 'w') as f:
+            table.to_csv(f, index=False, lineterminator='\n')
+    with whole_file(out / 'contact_sheet.png') as f:
+        contact_sheet(job.source, job.plan).save(f, 'PNG')
+    with whole_file(out / 'README.md', 'w') as f:
+        f.write(data_card(job))
 
 # %% ../../nbs/build/01_build.ipynb #bb2b0aab
 def build(
-    source:Formula|str|Dataset, # a formula; the name or path of a data set; a data set object
-    out,                  # folder
-    split:str='train',    # of a data set by name
-    workers:int=None,     # local worker processes, 0 for none; the machine's setting if None
-    executor:Executor=None, # instead of local processes; see `open_executor`
-    progress:Callable=None, # told (done, of how many, drawn now, seconds, part); prints if None
-    **arrangement,        # layout, format, shard_images, shard_bytes, seed: see `make_plan`
-) -> dict:                # images, parts, bytes, folder
+    source: Formula | str | Dataset,  # a formula; the name or path of a data set; a data set object
+    out,  # folder
+    split: str = 'train',  # of a data set by name
+    workers: int = None,  # local worker processes, 0 for none; the machine's setting if None
+    executor: Executor = None,  # instead of local processes; see `open_executor`
+    progress: Callable = None,  # told (done, of how many, drawn now, seconds, part); prints if None
+    **arrangement,  # layout, format, shard_images, shard_bytes, seed: see `make_plan`
+) -> dict:  # images, parts, bytes, folder
     "Writes a data set to disk, or what is missing of it; `ValueError` where the folder holds something else."
     source = as_source(source, split)
     job = Job(source, make_plan(source, **arrangement), str(out))
     workers = machine_settings()['workers'].value if workers is None else workers
     refuse_other_build(job)
-    if not (Path(out)/'manifest.csv').exists():
-        with explained(job, ()): (Path(out)/('index' if job.plan.layout == 'shards' else '.')).mkdir(parents=True, exist_ok=True)
-        with locked(Path(out)): _build(job, workers, executor, progress or print_progress())
+    if not (Path(out) / 'manifest.csv').exists():
+        with explained(job, ()):
+            (Path(out) / ('index' if job.plan.layout == 'shards' else '.')).mkdir(
+                parents=True, exist_ok=True
+            )
+        with locked(Path(out)):
+            _build(job, workers, executor, progress or print_progress())
     lines = read_lines(out, job.plan)
-    return dict(images=sum(n for _, n, _, _ in lines), parts=len(lines), bytes=sum(size for *_, size, _ in lines), folder=str(out))
+    return dict(
+        images=sum(n for _, n, _, _ in lines),
+        parts=len(lines),
+        bytes=sum(size for *_, size, _ in lines),
+        folder=str(out),
+    )
 
 # %% ../../nbs/build/01_build.ipynb #99dc90fe
 def _build(job, workers, executor, progress):
     out = Path(job.out)
     _clear_leftovers(job)
     with explained(job, _journal(job)):
-        if not (out/'manifest.json').exists():
-            with whole_file(out/'manifest.json', 'w') as f: json.dump(describe(job), f, indent=1)
+        if not (out / 'manifest.json').exists():
+            with whole_file(out / 'manifest.json', 'w') as f:
+                json.dump(describe(job), f, indent=1)
         write_beside(job, workers)
     with open_executor(workers=0 if executor else workers) as own:
-        lines = _write_missing(job, executor or own, 64 if executor else 2 * max(1, workers), progress)
-    _clear_leftovers(job)                       # of workers that were killed on the way
+        lines = _write_missing(
+            job, executor or own, 64 if executor else 2 * max(1, workers), progress
+        )
+    _clear_leftovers(job)  # of workers that were killed on the way
     _write_lines(out, lines)
-    (out/'.done.jsonl').unlink()
+    (out / '.done.jsonl').unlink()

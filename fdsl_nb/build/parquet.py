@@ -18,64 +18,128 @@ from ..core.folder import remove_drafts, whole_file
 from ..formulas.formula import Formula
 from ..data.shards import Plan, encode
 from .source import Source, as_source
-from .build import Job, contact_sheet, describe, explained, extra_module, finished, locked, make_plan, open_executor, print_progress
+from fdsl_nb.build.build import (
+    Job,
+    contact_sheet,
+    describe,
+    explained,
+    extra_module,
+    finished,
+    locked,
+    make_plan,
+    open_executor,
+    print_progress,
+)
 
 # %% ../../nbs/build/03_parquet.ipynb #b2e75c0d
 PASSED_ON = ('.png', '.jpg', '.jpeg', '.webp')
 
+
 def picture(
-    source:Source,
-    i:int,                # image, numbered class by class
-) -> tuple:               # its bytes, and the suffix of a file's name
+    source: Source,
+    i: int,  # image, numbered class by class
+) -> tuple:  # its bytes, and the suffix of a file's name
     "Image `i` of a source, encoded: as it was stored if that is a common format, else as PNG."
     suffix = next((s for s in PASSED_ON if source.file(i).lower().endswith(s)), None)
     return (source.read(i), suffix) if suffix else (encode(source.pixels(i)), '.png')
 
 # %% ../../nbs/build/03_parquet.ipynb #c7509cc7
-def class_names(plan:Plan) -> list: return list(plan.names) or [f'{c:05d}' for c in range(plan.classes)]
+def class_names(plan: Plan) -> list:
+    return list(plan.names) or [f'{c:05d}' for c in range(plan.classes)]
 
-def features(plan:Plan) -> dict:
+
+def features(plan: Plan) -> dict:
     "The columns as the `datasets` library describes them."
     return dict(image={'_type': 'Image'}, label={'names': class_names(plan), '_type': 'ClassLabel'})
 
-def parquet_schema(job:Job, p:int):
+
+def parquet_schema(job: Job, p: int):
     "The schema of part `p`, a `pyarrow.Schema`; `ImportError` names the extra that is missing."
     arrow = extra_module('pyarrow', 'parquet')
-    about = dict(huggingface=json.dumps({'info': {'features': features(job.plan)}}), fdsl_nb=json.dumps(describe(job) | dict(part=p), sort_keys=True))
-    return arrow.schema([('image', arrow.struct([('bytes', arrow.binary()), ('path', arrow.string())])), ('label', arrow.int64())], metadata=about)
+    about = dict(
+        huggingface=json.dumps({'info': {'features': features(job.plan)}}),
+        fdsl_nb=json.dumps(describe(job) | dict(part=p), sort_keys=True),
+    )
+    return arrow.schema(
+        [
+            ('image', arrow.struct([('bytes', arrow.binary()), ('path', arrow.string())])),
+            ('label', arrow.int64()),
+        ],
+        metadata=about,
+    )
 
 # %% ../../nbs/build/03_parquet.ipynb #4caa1fc2
-GROUP = 100     # images of a row group
+GROUP = 100  # images of a row group
 
-def part_file(plan:Plan, p:int) -> str: return f'data/train-{p:05d}-of-{plan.parts:05d}.parquet'
 
-def write_parquet(job:Job, p:int) -> tuple:
+def part_file(plan: Plan, p: int) -> str:
+    return f'data/train-{p:05d}-of-{plan.parts:05d}.parquet'
+
+
+def write_parquet(job: Job, p: int) -> tuple:
     "Writes part `p`, whole or not at all; (part, images)."
     schema = parquet_schema(job, p)
     arrow, parquet = extra_module('pyarrow', 'parquet'), extra_module('pyarrow.parquet', 'parquet')
     numbers = job.plan.images_at(job.plan.places(p)).tolist()
-    with whole_file(Path(job.out)/part_file(job.plan, p)) as f, parquet.ParquetWriter(f, schema, compression='none', use_dictionary=False, write_page_checksum=True) as writer:
+    with (
+        whole_file(Path(job.out) / part_file(job.plan, p)) as f,
+        parquet.ParquetWriter(
+            f, schema, compression='none', use_dictionary=False, write_page_checksum=True
+        ) as writer,
+    ):
         for first in range(0, len(numbers), GROUP):
-            rows = [(job.plan.address(i), *picture(job.source, i)) for i in numbers[first:first + GROUP]]
-            images = [dict(bytes=data, path=f'{c:05d}_{k:04d}{suffix}') for (c, k), data, suffix in rows]
-            writer.write_table(arrow.Table.from_pydict(dict(image=images, label=[c for (c, _), *_ in rows]), schema))
+            rows = [
+                (job.plan.address(i), *picture(job.source, i))
+                for i in numbers[first : first + GROUP]
+            ]
+            images = [
+                dict(bytes=data, path=f'{c:05d}_{k:04d}{suffix}') for (c, k), data, suffix in rows
+            ]
+            writer.write_table(
+                arrow.Table.from_pydict(
+                    dict(image=images, label=[c for (c, _), *_ in rows]), schema
+                )
+            )
     return p, len(numbers)
 
 # %% ../../nbs/build/03_parquet.ipynb #0fb4c9b2
 def _holds(job, p):
     "Is part `p` there, whole, and this very part? `ValueError` if it is another's."
-    path, parquet = Path(job.out)/part_file(job.plan, p), extra_module('pyarrow.parquet', 'parquet')
-    if not path.exists(): return False
-    try: there = parquet.read_schema(path).metadata or {}
-    except (OSError, ValueError) as e: raise ValueError(f'{path} is no whole Parquet file ({str(e)[:100]}); delete it and export again') from None
-    if there.get(b'fdsl_nb') == parquet_schema(job, p).metadata[b'fdsl_nb']: return True
-    raise ValueError(f'{path} holds images of another export, or of this one by other versions; choose a new folder')
+    path, parquet = (
+        Path(job.out) / part_file(job.plan, p),
+        extra_module('pyarrow.parquet', 'parquet'),
+    )
+    if not path.exists():
+        return False
+    try:
+        there = parquet.read_schema(path).metadata or {}
+    except (OSError, ValueError) as e:
+        raise ValueError(
+            f'{path} is no whole Parquet file ({str(e)[:100]}); delete it and export again'
+        ) from None
+    if there.get(b'fdsl_nb') == parquet_schema(job, p).metadata[b'fdsl_nb']:
+        return True
+    raise ValueError(
+        f'{path} holds images of another export, or of this one by other versions; choose a new folder'
+    )
+
 
 def _refuse_strangers(job):
-    out, known = Path(job.out), {part_file(job.plan, p) for p in range(job.plan.parts)} | {'README.md', 'contact_sheet.png'}
-    found = [p.relative_to(out).as_posix() for p in sorted(out.rglob('*')) if p.is_file() and not p.name.startswith('.')]
+    out, known = (
+        Path(job.out),
+        {part_file(job.plan, p) for p in range(job.plan.parts)}
+        | {'README.md', 'contact_sheet.png'},
+    )
+    found = [
+        p.relative_to(out).as_posix()
+        for p in sorted(out.rglob('*'))
+        if p.is_file() and not p.name.startswith('.')
+    ]
     strange = next((name for name in found if name not in known), None)
-    if strange: raise ValueError(f'folder={str(out)!r} holds {strange}, which this export would not write; choose a new folder')
+    if strange:
+        raise ValueError(
+            f'folder={str(out)!r} holds {strange}, which this export would not write; choose a new folder'
+        )
 
 # %% ../../nbs/build/03_parquet.ipynb #c45336fe
 CARD = """---
@@ -94,43 +158,71 @@ images[0]['image'], images.features['label'].int2str(images[0]['label'])
 """
 
 # %% ../../nbs/build/03_parquet.ipynb #c8b3713b
-def parquet_card(job:Job) -> str:
+def parquet_card(job: Job) -> str:
     "The text of `README.md`."
     plan, source = job.plan, job.source.origin()
     names = {str(c): name for c, name in enumerate(class_names(plan))}
-    info = dict(features=[dict(name='image', dtype='image'), dict(name='label', dtype={'class_label': {'names': names}})])
-    header = dict(task_categories=['image-classification'], configs=[dict(config_name='default', data_files=[dict(split='train', path='data/train-*')])], dataset_info=info)
-    return CARD.format(header=yaml.safe_dump(header, sort_keys=False), title=Path(source.title).name, about=source.sentence,
-        images=len(plan), classes=plan.classes, version=describe(job)['versions']['fdsl_nb'])
+    info = dict(
+        features=[
+            dict(name='image', dtype='image'),
+            dict(name='label', dtype={'class_label': {'names': names}}),
+        ]
+    )
+    header = dict(
+        task_categories=['image-classification'],
+        configs=[
+            dict(config_name='default', data_files=[dict(split='train', path='data/train-*')])
+        ],
+        dataset_info=info,
+    )
+    return CARD.format(
+        header=yaml.safe_dump(header, sort_keys=False),
+        title=Path(source.title).name,
+        about=source.sentence,
+        images=len(plan),
+        classes=plan.classes,
+        version=describe(job)['versions']['fdsl_nb'],
+    )
 
 # %% ../../nbs/build/03_parquet.ipynb #20acc6ce
 def export_parquet(
-    source:Formula|str|Dataset, # a formula; the name or path of a data set; a data set object
+    source: Formula | str | Dataset,  # a formula; the name or path of a data set; a data set object
     folder,
-    split:str='train',    # of a data set by name
-    file_images:int=10_000, # images of a file
-    seed:int=0,           # of the shuffle over the files
-    workers:int=None,     # local worker processes, 0 for none; the machine's setting if None
-    executor:Executor=None, # instead of local processes; see `open_executor`
-    progress:Callable=None, # told (done, of how many, drawn now, seconds, part); prints if None
-) -> dict:                # images, files, bytes, folder
+    split: str = 'train',  # of a data set by name
+    file_images: int = 10_000,  # images of a file
+    seed: int = 0,  # of the shuffle over the files
+    workers: int = None,  # local worker processes, 0 for none; the machine's setting if None
+    executor: Executor = None,  # instead of local processes; see `open_executor`
+    progress: Callable = None,  # told (done, of how many, drawn now, seconds, part); prints if None
+) -> dict:  # images, files, bytes, folder
     "Writes a data set as Parquet for the `datasets` library, or what is missing of it; `ValueError` where the folder holds something else."
     source = as_source(source, split)
     job = Job(source, make_plan(source, 'shards', shard_images=file_images, seed=seed), str(folder))
     _refuse_strangers(job)
     done = {p for p in range(job.plan.parts) if _holds(job, p)}
-    with explained(job, done): _write_all(job, done, machine_settings()['workers'].value if workers is None else workers, executor, progress or print_progress())
-    sizes = [(Path(folder)/part_file(job.plan, p)).stat().st_size for p in range(job.plan.parts)]
+    with explained(job, done):
+        _write_all(
+            job,
+            done,
+            machine_settings()['workers'].value if workers is None else workers,
+            executor,
+            progress or print_progress(),
+        )
+    sizes = [(Path(folder) / part_file(job.plan, p)).stat().st_size for p in range(job.plan.parts)]
     return dict(images=len(job.plan), files=len(sizes), bytes=sum(sizes), folder=str(folder))
 
 # %% ../../nbs/build/03_parquet.ipynb #0ec17228
 def _write_all(job, done, workers, executor, progress):
     out, total, started = Path(job.out), len(job.plan), time.monotonic()
-    (out/'data').mkdir(parents=True, exist_ok=True)
+    (out / 'data').mkdir(parents=True, exist_ok=True)
     with locked(out), open_executor(workers=0 if executor else workers) as own:
-        remove_drafts(out/'data', {Path(part_file(job.plan, p)).name for p in range(job.plan.parts)})        # of an export that was killed
-        with whole_file(out/'contact_sheet.png') as f: contact_sheet(job.source, job.plan).save(f, 'PNG')
-        with whole_file(out/'README.md', 'w') as f: f.write(parquet_card(job))
+        remove_drafts(
+            out / 'data', {Path(part_file(job.plan, p)).name for p in range(job.plan.parts)}
+        )  # of an export that was killed
+        with whole_file(out / 'contact_sheet.png') as f:
+            contact_sheet(job.source, job.plan).save(f, 'PNG')
+        with whole_file(out / 'README.md', 'w') as f:
+            f.write(parquet_card(job))
         before = count = sum(len(job.plan.places(p)) for p in done)
         progress(count, total, 0, 0.0)
         tasks = ((write_parquet, (job, p)) for p in range(job.plan.parts) if p not in done)

@@ -21,89 +21,138 @@ from ..data.datasets import named_dataset, open_dataset
 # %% ../../nbs/build/00_source.ipynb #14f2f495
 class Source:
     "What a build is made from: image `i`, numbered class by class, and what is said of it."
-    title = ''                # of the data card
-    sentence = ''             # beneath the title
+
+    title = ''  # of the data card
+    sentence = ''  # beneath the title
+
     def shape(self) -> dict:
         "The fields `classes`, `instances` and, where they have some, `names` of a `Plan`."
         raise NotImplementedError
-    def pixels(self, i:int) -> np.ndarray:
+
+    def pixels(self, i: int) -> np.ndarray:
         "Image `i`: uint8 [h, w], or [h, w, 3] where it is coloured."
         raise NotImplementedError
+
     def describe(self) -> dict:
         "Plain data for `manifest.json`; another description is another build."
         raise NotImplementedError
+
     def published_spec(self) -> str:
         "The formula that knows the published names, as JSON; `ValueError` without one."
-        raise ValueError(f"layout='published': {self.title!r} is no formula; choose layout='plain' or 'shards'")
-    def parameters(self, workers:int=1) -> pd.DataFrame|None:
+        raise ValueError(
+            f"layout='published': {self.title!r} is no formula; choose layout='plain' or 'shards'"
+        )
+
+    def parameters(self, workers: int = 1) -> pd.DataFrame | None:
         "The parameters of every class, where there are some."
-    def file(self, i:int) -> str:
+
+    def file(self, i: int) -> str:
         "The file that image `i` is stored in, and '' if it is drawn; `read(i)` gives its bytes."
         return ''
-    def read(self, i:int) -> bytes: raise NotImplementedError
+
+    def read(self, i: int) -> bytes:
+        raise NotImplementedError
+
     def origin(self) -> 'Source':
         "What this source itself was made from, if a manifest says so."
         return self
 
 # %% ../../nbs/build/00_source.ipynb #41e5fe1c
 def parameter_table(
-    f:Formula,
-    workers:int=1,        # threads, where categories are searched
+    f: Formula,
+    workers: int = 1,  # threads, where categories are searched
 ) -> pd.DataFrame:
     "The parameters of every class: a row a class, or a row an affine map."
     found = enumerate(f.all_categories(max(1, workers)))
-    return pd.DataFrame([{'class': c} | row for c, category in found for row in f.category_rows(category)])
+    return pd.DataFrame(
+        [{'class': c} | row for c, category in found for row in f.category_rows(category)]
+    )
 
 # %% ../../nbs/build/00_source.ipynb #edcc8524
 @dataclass(frozen=True)
 class FormulaSource(Source):
     "A formula: drawn for the build."
+
     formula: Formula
+
     @property
-    def title(self): return self.formula.name
+    def title(self):
+        return self.formula.name
+
     @property
-    def sentence(self): return type(self.formula).__doc__.split('\n')[0]
-    def __str__(self): return str(self.formula)
-    def shape(self): return dict(classes=self.formula.classes, instances=self.formula.instances)
-    def pixels(self, i): return self.formula.render(*divmod(i, self.formula.instances))
-    def describe(self): return self.formula.spec() | dict(family=family_of(type(self.formula)), fingerprint=self.formula.fingerprint())
-    def parameters(self, workers=1): return parameter_table(self.formula, workers)
+    def sentence(self):
+        return type(self.formula).__doc__.split('\n')[0]
+
+    def __str__(self):
+        return str(self.formula)
+
+    def shape(self):
+        return dict(classes=self.formula.classes, instances=self.formula.instances)
+
+    def pixels(self, i):
+        return self.formula.render(*divmod(i, self.formula.instances))
+
+    def describe(self):
+        return self.formula.spec() | dict(
+            family=family_of(type(self.formula)), fingerprint=self.formula.fingerprint()
+        )
+
+    def parameters(self, workers=1):
+        return parameter_table(self.formula, workers)
+
     def published_spec(self):
-        self.formula.published_file(0, 0)       # the family's own refusal, before anything is drawn
+        self.formula.published_file(0, 0)  # the family's own refusal, before anything is drawn
         return json.dumps(self.formula.spec())
 
 # %% ../../nbs/build/00_source.ipynb #9a5666e0
 def listing(
-    dataset:Dataset,      # with .classes and .label(i)
-) -> tuple:               # the numbers of its images, class by class; int64 [classes], how many each has
+    dataset: Dataset,  # with .classes and .label(i)
+) -> tuple:  # the numbers of its images, class by class; int64 [classes], how many each has
     "In what order the images of a data set are written."
-    if isinstance(dataset, BuiltDataset): return range(len(dataset)), np.diff(dataset.plan.starts)
+    if isinstance(dataset, BuiltDataset):
+        return range(len(dataset)), np.diff(dataset.plan.starts)
     labels = np.array([dataset.label(i) for i in range(len(dataset))])
     return np.argsort(labels, kind='stable'), np.bincount(labels, minlength=len(dataset.classes))
 
+
 def as_pixels(
-    image,                # a Pillow image or an array
-    whose:str,            # for the message
-) -> np.ndarray:          # uint8 [h, w], or [h, w, 3] where it is coloured
+    image,  # a Pillow image or an array
+    whose: str,  # for the message
+) -> np.ndarray:  # uint8 [h, w], or [h, w, 3] where it is coloured
     "The pixels to be written; `ValueError` for what is no picture."
-    if isinstance(image, Image.Image) and image.mode not in ('L', 'RGB'): image = image.convert('RGB')
+    if isinstance(image, Image.Image) and image.mode not in ('L', 'RGB'):
+        image = image.convert('RGB')
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)) or image.ndim < 2:
-        raise ValueError(f'{whose} is {image.dtype} {list(image.shape)} and no picture; give Pillow images or uint8 arrays [h, w] or [h, w, 3], before any transform to tensors')
-    return np.ascontiguousarray(image[..., 0]) if image.ndim == 3 and (image == image[..., :1]).all() else image
+        raise ValueError(
+            f'{whose} is {image.dtype} {list(image.shape)} and no picture; give Pillow images or uint8 arrays [h, w] or [h, w, 3], before any transform to tensors'
+        )
+    return (
+        np.ascontiguousarray(image[..., 0])
+        if image.ndim == 3 and (image == image[..., :1]).all()
+        else image
+    )
 
 # %% ../../nbs/build/00_source.ipynb #34cabe7a
 class ListedSource(Source):
     "A data set as a source; a subclass gives `opened`: the data set, and its `listing`."
+
     def shape(self):
         dataset, _, counts = self.opened
-        return dict(classes=len(counts), instances=tuple(counts.tolist()), names=tuple(map(str, dataset.classes)))
+        return dict(
+            classes=len(counts),
+            instances=tuple(counts.tolist()),
+            names=tuple(map(str, dataset.classes)),
+        )
+
     def pixels(self, i):
         dataset, order, _ = self.opened
         return as_pixels(dataset[int(order[i])][0], f'image {order[i]} of {self.title}')
+
     def file(self, i):
         dataset, order, _ = self.opened
         return dataset.name(int(order[i])) if isinstance(dataset, Stored) else ''
+
     def read(self, i):
         dataset, order, _ = self.opened
         return dataset.read(int(order[i]))
@@ -112,68 +161,119 @@ class ListedSource(Source):
 @lru_cache(4)
 def _opened(name, split):
     dataset = open_dataset(name, split)
-    if dataset is None: raise ValueError(f'dataset={name!r} has no split {split!r}; choose another')
+    if dataset is None:
+        raise ValueError(f'dataset={name!r} has no split {split!r}; choose another')
     return (dataset, *listing(dataset))
+
 
 @dataclass(frozen=True)
 class NamedSource(ListedSource):
     "A data set by its name or path, opened where it is needed."
+
     name: str
     split: str = 'train'
+
     @property
-    def opened(self): return _opened(self.name, self.split)
+    def opened(self):
+        return _opened(self.name, self.split)
+
     @property
-    def title(self): return self.name
+    def title(self):
+        return self.name
+
     @property
-    def sentence(self): return f'A copy of its {self.split} split.'
-    def __str__(self): return f'{self.name} {self.split}'
-    def describe(self): return dict(dataset=self.name, split=self.split)
+    def sentence(self):
+        return f'A copy of its {self.split} split.'
+
+    def __str__(self):
+        return f'{self.name} {self.split}'
+
+    def describe(self):
+        return dict(dataset=self.name, split=self.split)
+
     def origin(self):
-        if not (Path(self.name)/'manifest.json').is_file(): return self
-        try: return as_source(source_of(self.name))
-        except ValueError: return self          # it names what no file may name
+        if not (Path(self.name) / 'manifest.json').is_file():
+            return self
+        try:
+            return as_source(source_of(self.name))
+        except ValueError:
+            return self  # it names what no file may name
 
 # %% ../../nbs/build/00_source.ipynb #3c4c453b
 @lru_cache(4)
-def _unpacked(packed): return DatasetSource(pickle.loads(packed))
+def _unpacked(packed):
+    return DatasetSource(pickle.loads(packed))
+
 
 @dataclass(frozen=True, eq=False)
 class DatasetSource(ListedSource):
     "A data set object: by number, with `.classes` and `.label(i)`."
+
     dataset: Dataset
+
     @cached_property
-    def opened(self): return (self.dataset, *listing(self.dataset))
+    def opened(self):
+        return (self.dataset, *listing(self.dataset))
+
     @property
-    def title(self): return type(self.dataset).__name__
+    def title(self):
+        return type(self.dataset).__name__
+
     sentence = 'A copy of a data set.'
-    def __str__(self): return f'{self.title} of {len(self.dataset):,} images'
-    def describe(self): return dict(object=family_of(type(self.dataset)), length=len(self.dataset))
+
+    def __str__(self):
+        return f'{self.title} of {len(self.dataset):,} images'
+
+    def describe(self):
+        return dict(object=family_of(type(self.dataset)), length=len(self.dataset))
+
     @cached_property
     def packed(self) -> bytes:
-        try: return pickle.dumps(self.dataset)
-        except Exception as e: raise ValueError(f'source: {self.title} cannot be sent to worker processes ({str(e)[:200]}); give workers=0, or a data set that can be pickled') from None
-    def __reduce__(self): return _unpacked, (self.packed,)
+        try:
+            return pickle.dumps(self.dataset)
+        except Exception as e:
+            raise ValueError(
+                f'source: {self.title} cannot be sent to worker processes ({str(e)[:200]}); give workers=0, or a data set that can be pickled'
+            ) from None
+
+    def __reduce__(self):
+        return _unpacked, (self.packed,)
 
 # %% ../../nbs/build/00_source.ipynb #38e9e08d
 def as_source(
-    source,               # a formula; the name or path of a data set, or (name, split); a data set object; a source
-    split:str='train',    # of a data set by name
+    source,  # a formula; the name or path of a data set, or (name, split); a data set object; a source
+    split: str = 'train',  # of a data set by name
 ) -> Source:
     "The source that is meant; `TypeError` for anything else."
-    if isinstance(source, Source): return source
-    if isinstance(source, Formula): return FormulaSource(source)
-    if isinstance(source, (str, os.PathLike)): return NamedSource(str(source), split)
-    if isinstance(source, tuple): return NamedSource(*source)
-    missing = [name for name in ('__len__', '__getitem__', 'classes', 'label') if not hasattr(source, name)]
-    if not missing: return DatasetSource(source)
-    raise TypeError(f'source={str(source)[:100]!r} of type {type(source).__name__} has no {missing[0]}; give a formula, the name or path of a data set, or a data set with .classes and .label(i)')
+    if isinstance(source, Source):
+        return source
+    if isinstance(source, Formula):
+        return FormulaSource(source)
+    if isinstance(source, (str, os.PathLike)):
+        return NamedSource(str(source), split)
+    if isinstance(source, tuple):
+        return NamedSource(*source)
+    missing = [
+        name for name in ('__len__', '__getitem__', 'classes', 'label') if not hasattr(source, name)
+    ]
+    if not missing:
+        return DatasetSource(source)
+    raise TypeError(
+        f'source={str(source)[:100]!r} of type {type(source).__name__} has no {missing[0]}; give a formula, the name or path of a data set, or a data set with .classes and .label(i)'
+    )
 
 # %% ../../nbs/build/00_source.ipynb #838cd4be
 def source_of(
-    root,                 # folder of a build
-) -> Formula|tuple:
+    root,  # folder of a build
+) -> Formula | tuple:
     "What a build was made from: the formula, or (name, split) of a data set; `ValueError` for what no file may name."
-    said, place = read_manifest(root)['source'], str(Path(root)/'manifest.json')
+    said, place = read_manifest(root)['source'], str(Path(root) / 'manifest.json')
     if 'object' in said:
-        raise ValueError(f'{place}: this was built from a data set object ({said["object"]}, {said.get("length")} images), which no file brings back; give it yourself, as source')
-    return (named_dataset(said['dataset'], place), said.get('split', 'train')) if 'dataset' in said else described_formula(said, place)
+        raise ValueError(
+            f'{place}: this was built from a data set object ({said["object"]}, {said.get("length")} images), which no file brings back; give it yourself, as source'
+        )
+    return (
+        (named_dataset(said['dataset'], place), said.get('split', 'train'))
+        if 'dataset' in said
+        else described_formula(said, place)
+    )

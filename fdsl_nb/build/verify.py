@@ -14,99 +14,165 @@ import numpy as np
 from ..core.folder import inside, whole_file
 from ..data.shards import BuiltDataset, Plan, decode, plan_of, read_at, tar_index
 from .source import as_source, source_of
-from .build import BESIDE, Job, chunks, class_files, digest, finished, open_executor, read_lines, write_beside, write_shard
+from fdsl_nb.build.build import (
+    BESIDE,
+    Job,
+    chunks,
+    class_files,
+    digest,
+    finished,
+    open_executor,
+    read_lines,
+    write_beside,
+    write_shard,
+)
 
 # %% ../../nbs/build/02_verify.ipynb #247a9c23
 @dataclass(frozen=True)
 class Finding:
     "Something wrong with a build: kind is damaged, missing or stray; part is None for what belongs to none."
+
     kind: str
     name: str
     part: int = None
 
+
 def _sha_of(path):
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
+
 
 def _unreadable(read, names):
     "Which pictures do not decode."
     for name in names:
-        try: decode(read(name), name)
-        except (OSError, ValueError): yield name
+        try:
+            decode(read(name), name)
+        except (OSError, ValueError):
+            yield name
 
 # %% ../../nbs/build/02_verify.ipynb #335610d9
-def check_shard(root, plan:Plan, p:int, sha:str) -> list:
+def check_shard(root, plan: Plan, p: int, sha: str) -> list:
     "Findings about shard `p` and its index."
-    path, index = Path(root)/plan.part(p), Path(root)/'index'/f'{plan.part(p)[:-4]}.idx'
-    if not path.exists(): return [Finding('missing', path.name, p)]
+    path, index = Path(root) / plan.part(p), Path(root) / 'index' / f'{plan.part(p)[:-4]}.idx'
+    if not path.exists():
+        return [Finding('missing', path.name, p)]
     if _sha_of(path) == sha:
-        places = np.array([f[1:] for f in tar_index(path) if not f[0].endswith('.cls')], '<i8').tobytes()
-        if not index.exists(): return [Finding('missing', f'index/{index.name}', p)]
-        return [] if index.read_bytes() == places else [Finding('damaged', f'index/{index.name}', p)]
-    try: files = {name: place for name, *place in tar_index(path) if not name.endswith('.cls')}
-    except ValueError: files = {}
-    return [Finding('damaged', f'{path.name}/{name}', p) for name in _unreadable(lambda name: read_at(path, *files[name]), files)] or [Finding('damaged', path.name, p)]
+        places = np.array(
+            [f[1:] for f in tar_index(path) if not f[0].endswith('.cls')], '<i8'
+        ).tobytes()
+        if not index.exists():
+            return [Finding('missing', f'index/{index.name}', p)]
+        return (
+            [] if index.read_bytes() == places else [Finding('damaged', f'index/{index.name}', p)]
+        )
+    try:
+        files = {name: place for name, *place in tar_index(path) if not name.endswith('.cls')}
+    except ValueError:
+        files = {}
+    return [
+        Finding('damaged', f'{path.name}/{name}', p)
+        for name in _unreadable(lambda name: read_at(path, *files[name]), files)
+    ] or [Finding('damaged', path.name, p)]
 
 # %% ../../nbs/build/02_verify.ipynb #b695c3bd
-def check_class(root, plan:Plan, p:int, sha:str) -> list:
+def check_class(root, plan: Plan, p: int, sha: str) -> list:
     "Findings about class folder `p`."
-    folder, names = Path(root)/plan.part(p), [Path(plan.file(i)).name for i in plan.places(p)]
-    if not folder.is_dir(): return [Finding('missing', plan.part(p), p)]
+    folder, names = Path(root) / plan.part(p), [Path(plan.file(i)).name for i in plan.places(p)]
+    if not folder.is_dir():
+        return [Finding('missing', plan.part(p), p)]
     there, full = {f.name for f in folder.iterdir()}, lambda name: f'{plan.part(p)}/{name}'
-    found = [Finding('stray', full(n), p) for n in sorted(there - set(names))] + [Finding('missing', full(n), p) for n in names if n not in there]
+    found = [Finding('stray', full(n), p) for n in sorted(there - set(names))] + [
+        Finding('missing', full(n), p) for n in names if n not in there
+    ]
     sha_now = hashlib.sha256()
     for name in names:
-        if name in there: digest(sha_now, name, (folder/name).read_bytes())
-    if sha_now.hexdigest() == sha or any(f.kind == 'missing' for f in found): return found
-    return found + ([Finding('damaged', full(n), p) for n in _unreadable(lambda name: (folder/name).read_bytes(), names)] or [Finding('damaged', plan.part(p), p)])
+        if name in there:
+            digest(sha_now, name, (folder / name).read_bytes())
+    if sha_now.hexdigest() == sha or any(f.kind == 'missing' for f in found):
+        return found
+    return found + (
+        [
+            Finding('damaged', full(n), p)
+            for n in _unreadable(lambda name: (folder / name).read_bytes(), names)
+        ]
+        or [Finding('damaged', plan.part(p), p)]
+    )
 
-def check_parts(root, plan:Plan, rows) -> list:
+
+def check_parts(root, plan: Plan, rows) -> list:
     "What a worker does to verify: findings about these parts, given as (number, sha256)."
-    return [f for p, sha in rows for f in (check_shard if plan.layout == 'shards' else check_class)(root, plan, p, sha)]
+    return [
+        f
+        for p, sha in rows
+        for f in (check_shard if plan.layout == 'shards' else check_class)(root, plan, p, sha)
+    ]
 
 # %% ../../nbs/build/02_verify.ipynb #db4ac866
 def verify(
     root,
-    workers:int=0,        # local worker processes
-    executor:Executor=None, # instead of local processes
-) -> list:                # of `Finding`, empty if all is well
+    workers: int = 0,  # local worker processes
+    executor: Executor = None,  # instead of local processes
+) -> list:  # of `Finding`, empty if all is well
     "Reads a whole build again; what is damaged, missing or does not belong there."
     plan = BuiltDataset(root).plan
     lines = read_lines(root, plan)
     known = {PurePosixPath(line[0]).parts[0] for line in lines} | {*BESIDE, 'index', 'image'}
     found = [Finding('stray', p.name) for p in sorted(Path(root).iterdir()) if p.name not in known]
-    found += [Finding('missing', name) for name in ('README.md', 'contact_sheet.png') if not (Path(root)/name).exists()]
+    found += [
+        Finding('missing', name)
+        for name in ('README.md', 'contact_sheet.png')
+        if not (Path(root) / name).exists()
+    ]
     rows = list(enumerate(line[3] for line in lines))
     with open_executor(workers=0 if executor else workers) as own:
-        for part in finished(((check_parts, (str(root), plan, [rows[p] for p in group])) for group in chunks(plan, range(plan.parts))), executor or own): found += part
+        for part in finished(
+            (
+                (check_parts, (str(root), plan, [rows[p] for p in group]))
+                for group in chunks(plan, range(plan.parts))
+            ),
+            executor or own,
+        ):
+            found += part
     return sorted(found, key=lambda f: f.name)
 
 # %% ../../nbs/build/02_verify.ipynb #391aac1d
-def mend_part(job:Job, p:int, line:tuple):
+def mend_part(job: Job, p: int, line: tuple):
     "Draws shard `p`, or the files of folder `p` that differ, anew; `ValueError` if that is not what the manifest has."
-    if job.plan.layout == 'shards': new = write_shard(job, p)
+    if job.plan.layout == 'shards':
+        new = write_shard(job, p)
     else:
         folder, sha = inside(job.out, job.plan.part(p)), hashlib.sha256()
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in class_files(job, p):
             digest(sha, name, data)
-            if not (folder/name).exists() or (folder/name).read_bytes() != data:
-                with whole_file(inside(folder, name)) as f: f.write(data)
+            if not (folder / name).exists() or (folder / name).read_bytes() != data:
+                with whole_file(inside(folder, name)) as f:
+                    f.write(data)
         new = (*line[:3], sha.hexdigest())
-    if new != line: raise ValueError(f'{job.out}: {line[0]}, drawn anew, is not what the manifest promises; draw it with the versions that manifest.json names')
+    if new != line:
+        raise ValueError(
+            f'{job.out}: {line[0]}, drawn anew, is not what the manifest promises; draw it with the versions that manifest.json names'
+        )
 
 # %% ../../nbs/build/02_verify.ipynb #e135b554
 def repair(
     root,
-    workers:int=0,        # local worker processes
-    executor:Executor=None, # instead of local processes
-    source=None,          # what it was made from, where the manifest cannot say: an own formula that is not registered, a data set object
-) -> list:                # of `Finding`
+    workers: int = 0,  # local worker processes
+    executor: Executor = None,  # instead of local processes
+    source=None,  # what it was made from, where the manifest cannot say: an own formula that is not registered, a data set object
+) -> list:  # of `Finding`
     "Draws anew what `verify` finds damaged or missing; returns what it found."
     found, plan = verify(root, workers, executor), plan_of(root)
-    if not found: return found
-    lines, job = read_lines(root, plan), Job(as_source(source_of(root) if source is None else source), plan, str(root))
-    if any(f.part is None and f.kind == 'missing' for f in found): write_beside(job, workers)
+    if not found:
+        return found
+    lines, job = (
+        read_lines(root, plan),
+        Job(as_source(source_of(root) if source is None else source), plan, str(root)),
+    )
+    if any(f.part is None and f.kind == 'missing' for f in found):
+        write_beside(job, workers)
     parts = sorted({f.part for f in found if f.part is not None and f.kind != 'stray'})
     with open_executor(workers=0 if executor else workers) as own:
-        for _ in finished(((mend_part, (job, p, lines[p])) for p in parts), executor or own): pass
+        for _ in finished(((mend_part, (job, p, lines[p])) for p in parts), executor or own):
+            pass
     return found

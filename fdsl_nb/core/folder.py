@@ -16,8 +16,8 @@ import psutil
 # %% ../../nbs/core/03_folder.ipynb #b9529f13
 @contextmanager
 def whole_file(
-    path,                 # file to write
-    mode:str='wb',
+    path,  # file to write
+    mode: str = 'wb',
 ):
     "Opens a temporary neighbour for writing and renames it to `path` when the block ends well; otherwise `path` stays as it was."
     path = Path(path)
@@ -35,34 +35,44 @@ def whole_file(
 
 # %% ../../nbs/core/03_folder.ipynb #429771b0
 def remove_drafts(
-    folder:Path,
-    names,                # of the files or folders that were being written
+    folder: Path,
+    names,  # of the files or folders that were being written
 ):
     "Removes what killed writers of these names left in a folder, `.NAME.xxxxxxxx`, and nothing else."
     for path in Path(folder).glob('.*'):
         draft = re.fullmatch(r'\.(.+)\.[a-z0-9_]{8}', path.name)
-        if not draft or draft[1] not in names: continue
-        if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
-        else: path.unlink(missing_ok=True)
+        if not draft or draft[1] not in names:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 # %% ../../nbs/core/03_folder.ipynb #b08a7290
 def path_part(
-    name:str,             # of a class, a part or a file, as some file says it
-    place:str,            # which file, for the message
-) -> str:                 # the name
+    name: str,  # of a class, a part or a file, as some file says it
+    place: str,  # which file, for the message
+) -> str:  # the name
     "The name itself; `ValueError` if it is no single part of a path: '', '.', '..', or with a slash, a backslash or a NUL."
-    if isinstance(name, str) and name not in ('', '.', '..') and not set(name) & set('/\\\0'): return name
-    raise ValueError(f'{place}: {name!r} leads out of its folder, or is no name of a file; do not trust that file, or make it anew with plain names')
+    if isinstance(name, str) and name not in ('', '.', '..') and not set(name) & set('/\\\0'):
+        return name
+    raise ValueError(
+        f'{place}: {name!r} leads out of its folder, or is no name of a file; do not trust that file, or make it anew with plain names'
+    )
+
 
 def inside(
-    root,                 # folder to stay in
-    name:str,             # path below it
+    root,  # folder to stay in
+    name: str,  # path below it
 ) -> Path:
     "`root/name`; `ValueError` if that is not below `root`, or only by a link."
-    parts, path, top = PurePosixPath(name).parts, Path(root)/name, Path(root).resolve()
-    for part in parts: path_part(part, str(root))
+    parts, path, top = PurePosixPath(name).parts, Path(root) / name, Path(root).resolve()
+    for part in parts:
+        path_part(part, str(root))
     if not parts or path.resolve() != top.joinpath(*parts):
-        raise ValueError(f'{path} is a link, or lies behind one: nothing is written there; remove the link, or choose another folder')
+        raise ValueError(
+            f'{path} is a link, or lies behind one: nothing is written there; remove the link, or choose another folder'
+        )
     return path
 
 # %% ../../nbs/core/03_folder.ipynb #5d8e06af
@@ -70,165 +80,247 @@ def noted_files(folder) -> set:
     "The names in `files.txt`: what the run has written, or was about to."
     path = folder.file('files.txt')
     size = path.stat().st_size if path.exists() else 0
-    if size < folder.noted_size: folder.noted, folder.noted_size = set(), 0
-    if size > folder.noted_size:        # a long run notes many names: only the new ones are read
+    if size < folder.noted_size:
+        folder.noted, folder.noted_size = set(), 0
+    if size > folder.noted_size:  # a long run notes many names: only the new ones are read
         with open(path) as f:
             f.seek(folder.noted_size)
             folder.noted |= set(f.read().splitlines())
         folder.noted_size = size
     return folder.noted
 
+
 def note_files(folder, names):
     "Adds names to `files.txt`, before the files are written."
     new = [name for name in names if name not in noted_files(folder)]
-    if not new: return
+    if not new:
+        return
     folder.path.mkdir(parents=True, exist_ok=True)
-    with open(folder.file('files.txt'), 'a') as f: f.writelines(f'{name}\n' for name in new)
+    with open(folder.file('files.txt'), 'a') as f:
+        f.writelines(f'{name}\n' for name in new)
+
 
 class RunFolder:
     "A run's folder and the files in it. Reading is free; only process 0 of a run writes."
-    def __init__(self, path): self.path, self.noted, self.noted_size = Path(path), set(), 0
-    def __repr__(self): return f'RunFolder({str(self.path)!r}, {self.state})'
-    def file(self, name): return self.path/name
+
+    def __init__(self, path):
+        self.path, self.noted, self.noted_size = Path(path), set(), 0
+
+    def __repr__(self):
+        return f'RunFolder({str(self.path)!r}, {self.state})'
+
+    def file(self, name):
+        return self.path / name
+
     def output(self, name) -> Path:
         "The path of a file that the run is about to write, noted in `files.txt`."
         note_files(self, [name])
-        return self.path/name
+        return self.path / name
+
     @property
     def status(self) -> dict:
         "What `status.json` says; empty if there is none."
-        return json.loads(self.file('status.json').read_text()) if self.file('status.json').exists() else {}
+        return (
+            json.loads(self.file('status.json').read_text())
+            if self.file('status.json').exists()
+            else {}
+        )
+
     @property
     def state(self) -> str:
         "`new`, `running`, `interrupted`, `paused`, `failed` or `done`."
         s = self.status
         here = s.get('state') == 'running' and s['host'] == socket.gethostname()
-        if here and not _alive(s['pid'], s['process_started']): return 'interrupted'
+        if here and not _alive(s['pid'], s['process_started']):
+            return 'interrupted'
         return s.get('state', 'new')
 
 # %% ../../nbs/core/03_folder.ipynb #50ab0566
 def _alive(pid, started):
-    try: return abs(psutil.Process(pid).create_time() - started) < 1
-    except psutil.Error: return False
+    try:
+        return abs(psutil.Process(pid).create_time() - started) < 1
+    except psutil.Error:
+        return False
+
 
 def set_status(
-    folder:RunFolder,
-    state:str,            # running, paused, done, failed or interrupted
-    **details,            # e.g. reason, epoch
+    folder: RunFolder,
+    state: str,  # running, paused, done, failed or interrupted
+    **details,  # e.g. reason, epoch
 ):
     "Writes `status.json`: state, details, this process and the time (UTC)."
     me = psutil.Process()
-    now = dict(state=state, **details, pid=me.pid, process_started=me.create_time(), host=socket.gethostname(),
-        time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
-    with whole_file(folder.output('status.json'), 'w') as f: json.dump(now, f, indent=1)
+    now = dict(
+        state=state,
+        **details,
+        pid=me.pid,
+        process_started=me.create_time(),
+        host=socket.gethostname(),
+        time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+    )
+    with whole_file(folder.output('status.json'), 'w') as f:
+        json.dump(now, f, indent=1)
 
 # %% ../../nbs/core/03_folder.ipynb #6ee7c43c
 def set_stopped(
-    folder:RunFolder,
-    error:BaseException,
-    where:str='',         # before the reason, e.g. the process
+    folder: RunFolder,
+    error: BaseException,
+    where: str = '',  # before the reason, e.g. the process
 ):
     "Records as `status.json` that a run ended by an error: `failed`, or `interrupted` if that was Ctrl-C."
-    if isinstance(error, KeyboardInterrupt): set_status(folder, 'interrupted', reason=where + 'stopped from the keyboard')
-    else: set_status(folder, 'failed', reason=f'{where}{type(error).__name__}: {error}')
+    if isinstance(error, KeyboardInterrupt):
+        set_status(folder, 'interrupted', reason=where + 'stopped from the keyboard')
+    else:
+        set_status(folder, 'failed', reason=f'{where}{type(error).__name__}: {error}')
 
 # %% ../../nbs/core/03_folder.ipynb #9edeb0ab
 def write_config(
-    folder:RunFolder,
-    config:dict,          # name → Resolved(value, source)
+    folder: RunFolder,
+    config: dict,  # name → Resolved(value, source)
 ):
     "Writes `config.json`, name → {value, source}, and `environment.txt`."
     with whole_file(folder.output('config.json'), 'w') as f:
         json.dump({k: dict(value=v.value, source=v.source) for k, v in config.items()}, f, indent=1)
-    packages = sorted({f'{d.name}=={d.version}' for d in importlib.metadata.distributions()}, key=str.lower)
+    packages = sorted(
+        {f'{d.name}=={d.version}' for d in importlib.metadata.distributions()}, key=str.lower
+    )
     with whole_file(folder.output('environment.txt'), 'w') as f:
-        f.write('\n'.join([f'# Python {platform.python_version()}, {platform.platform()}', *packages, '']))
+        f.write(
+            '\n'.join(
+                [f'# Python {platform.python_version()}, {platform.platform()}', *packages, '']
+            )
+        )
 
-def read_config(folder:RunFolder) -> dict:
+
+def read_config(folder: RunFolder) -> dict:
     "The values of `config.json`, name → value; empty if there is none."
     path = folder.file('config.json')
     return {k: v['value'] for k, v in json.loads(path.read_text()).items()} if path.exists() else {}
 
 # %% ../../nbs/core/03_folder.ipynb #e878f622
 def refuse_other_run(
-    folder:RunFolder,
-    values:dict,          # name → value of the run that wants to start
-    free:tuple=(),        # names that may differ
-    replaceable:bool=True,# may the remedy be to replace that run?
+    folder: RunFolder,
+    values: dict,  # name → value of the run that wants to start
+    free: tuple = (),  # names that may differ
+    replaceable: bool = True,  # may the remedy be to replace that run?
 ):
     "`ValueError` if the folder holds a run of other values, or one that is running now."
     if folder.state == 'running' and folder.status['pid'] != os.getpid():
-        raise ValueError(f'{folder.path} holds a run that is under way (process {folder.status["pid"]}); wait for it or choose another folder')
+        raise ValueError(
+            f'{folder.path} holds a run that is under way (process {folder.status["pid"]}); wait for it or choose another folder'
+        )
     old = read_config(folder)
-    differ = [k for k in values if old and k not in free and old.get(k) != json.loads(json.dumps(values[k]))]
+    differ = [
+        k
+        for k in values
+        if old and k not in free and old.get(k) != json.loads(json.dumps(values[k]))
+    ]
     if differ:
         k = differ[0]
-        raise ValueError(f'{folder.path} holds another run: {k}={old.get(k)!r} there, {k}={values[k]!r} here; choose another folder'
-            + ', or pass restart=True to set that run aside' * replaceable)
+        raise ValueError(
+            f'{folder.path} holds another run: {k}={old.get(k)!r} there, {k}={values[k]!r} here; choose another folder'
+            + ', or pass restart=True to set that run aside' * replaceable
+        )
 
 # %% ../../nbs/core/03_folder.ipynb #74f082c2
 def refuse_to_replace(
-    folder:RunFolder,
-    reads,                # paths of what the new run reads: weights, images; what is no path does not matter
+    folder: RunFolder,
+    reads,  # paths of what the new run reads: weights, images; what is no path does not matter
 ):
     "`ValueError` if a file of the run in the folder is among what is to be read."
     own = {folder.file(name).resolve(): name for name in noted_files(folder)}
     for read in reads:
         path = Path(str(read).removeprefix('local-dir:')).resolve()
-        taken = next((name for file, name in own.items() if file == path or str(read).startswith('local-dir:') and file.is_relative_to(path)), None)
-        if read and taken: raise ValueError(f'{read} belongs to the run in {folder.path}, which this one would replace; choose another folder for this run')
+        taken = next(
+            (
+                name
+                for file, name in own.items()
+                if file == path or str(read).startswith('local-dir:') and file.is_relative_to(path)
+            ),
+            None,
+        )
+        if read and taken:
+            raise ValueError(
+                f'{read} belongs to the run in {folder.path}, which this one would replace; choose another folder for this run'
+            )
+
 
 def set_aside(
-    folder:RunFolder,
-    reads=(),             # see `refuse_to_replace`
-    also=(),              # more names to move, where they exist
-) -> Path|None:           # where everything is now; None if the folder held no run
+    folder: RunFolder,
+    reads=(),  # see `refuse_to_replace`
+    also=(),  # more names to move, where they exist
+) -> Path | None:  # where everything is now; None if the folder held no run
     "Moves what a run wrote, and nothing else, to `replaced-N/` in its folder."
-    if not any(folder.file(name).exists() for name in ('status.json', 'config.json')): return None
+    if not any(folder.file(name).exists() for name in ('status.json', 'config.json')):
+        return None
     refuse_to_replace(folder, reads)
     number = next(n for n in itertools.count(1) if not folder.file(f'replaced-{n}').exists())
     aside = folder.file(f'replaced-{number}')
-    for name in [*sorted(noted_files(folder) - {'files.txt'}), *also, 'files.txt']:     # the list last: a kill on the way leaves it to go by
+    for name in [
+        *sorted(noted_files(folder) - {'files.txt'}),
+        *also,
+        'files.txt',
+    ]:  # the list last: a kill on the way leaves it to go by
         path = inside(folder.path, name)
-        if not path.exists(): continue
-        (aside/name).parent.mkdir(parents=True, exist_ok=True)
-        os.rename(path, aside/name)
+        if not path.exists():
+            continue
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        os.rename(path, aside / name)
     return aside
 
+
 def refuse_foreign(
-    folder:RunFolder,
-    patterns,             # of files that the run will write
+    folder: RunFolder,
+    patterns,  # of files that the run will write
 ):
     "`ValueError` if a file is there that the run would write over, and that no run here has written."
     known = noted_files(folder)
-    found = [str(p.relative_to(folder.path)) for pattern in patterns for p in sorted(folder.path.glob(pattern))]
+    found = [
+        str(p.relative_to(folder.path))
+        for pattern in patterns
+        for p in sorted(folder.path.glob(pattern))
+    ]
     foreign = next((name for name in found if name not in known), None)
-    if foreign: raise ValueError(f'{folder.path} holds {foreign}, which no run wrote there and this one would write over; move it away, or choose another folder')
+    if foreign:
+        raise ValueError(
+            f'{folder.path} holds {foreign}, which no run wrote there and this one would write over; move it away, or choose another folder'
+        )
 
 # %% ../../nbs/core/03_folder.ipynb #ce7c7591
-def read_summary(folder:RunFolder) -> list:
+def read_summary(folder: RunFolder) -> list:
     "The rows of `summary.csv` as dicts of numbers, oldest first; empty if there is none."
-    if not folder.file('summary.csv').exists(): return []
-    number = lambda t: None if t == '' else float(t)
+    if not folder.file('summary.csv').exists():
+        return []
+
+    def number(t):
+        return None if t == '' else float(t)
+
     with open(folder.file('summary.csv'), newline='') as f:
-        return [{k: int(v) if k == 'epoch' else number(v) for k, v in row.items()} for row in csv.DictReader(f)]
+        return [
+            {k: int(v) if k == 'epoch' else number(v) for k, v in row.items()}
+            for row in csv.DictReader(f)
+        ]
+
 
 def add_epoch(
-    folder:RunFolder,
-    row:dict,             # epoch and its numbers
+    folder: RunFolder,
+    row: dict,  # epoch and its numbers
 ):
     "Adds an epoch's row to `summary.csv`, replacing that epoch's and any later row."
     rows = [r for r in read_summary(folder) if r['epoch'] < row['epoch']] + [row]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(k for r in rows for k in r)), lineterminator='\n')
+    writer = csv.DictWriter(
+        text, list(dict.fromkeys(k for r in rows for k in r)), lineterminator='\n'
+    )
     writer.writeheader()
     writer.writerows(rows)
-    with whole_file(folder.output('summary.csv'), 'w') as f: f.write(text.getvalue())
+    with whole_file(folder.output('summary.csv'), 'w') as f:
+        f.write(text.getvalue())
 
 # %% ../../nbs/core/03_folder.ipynb #ece13bd7
 def log_event(
-    folder:RunFolder,
-    event:str,            # what happened
+    folder: RunFolder,
+    event: str,  # what happened
     **details,
 ):
     "Appends one line to `log.jsonl`: the time (seconds since 1970), the event and its details."

@@ -12,23 +12,32 @@ from numba import njit, float32, uint64
 # %% ../../nbs/core/02_raster.ipynb #67db3a6a
 @njit(cache=True, nogil=True, inline='always')
 def _put(image, x, y, grey):
-    if 0 <= y < image.shape[0] and 0 <= x < image.shape[1]: image[y, x] = grey
+    if 0 <= y < image.shape[0] and 0 <= x < image.shape[1]:
+        image[y, x] = grey
+
 
 @njit(cache=True, nogil=True, inline='always')
 def _walk(image, x, y, xe, ye, grey):
     left, right, top, bottom = min(x, xe), max(x, xe), min(y, ye), max(y, ye)
-    if right < 0 or left >= image.shape[1] or bottom < 0 or top >= image.shape[0]: return
+    if right < 0 or left >= image.shape[1] or bottom < 0 or top >= image.shape[0]:
+        return
     inside = left >= 0 and right < image.shape[1] and top >= 0 and bottom < image.shape[0]
     sx, sy = 1 if xe >= x else -1, 1 if ye >= y else -1
     major, minor, major_x, major_y, minor_x, minor_y = right - left, bottom - top, sx, 0, 0, sy
-    if minor >= major: major, minor, major_x, major_y, minor_x, minor_y = minor, major, 0, sy, sx, 0
+    if minor >= major:
+        major, minor, major_x, major_y, minor_x, minor_y = minor, major, 0, sy, sx, 0
     error = 2 * minor - major
     for _ in range(major):
-        if inside: image[uint64(y), uint64(x)] = grey       # unsigned: no look for indices that count from the end
-        else: _put(image, x, y, grey)
-        step = 1 if error >= 0 else 0                       # a factor, not a branch: nobody could predict it
+        if inside:
+            image[uint64(y), uint64(x)] = (
+                grey  # unsigned: no look for indices that count from the end
+            )
+        else:
+            _put(image, x, y, grey)
+        step = 1 if error >= 0 else 0  # a factor, not a branch: nobody could predict it
         x, y = x + major_x + step * minor_x, y + major_y + step * minor_y
         error += 2 * minor - step * 2 * major
+
 
 @njit(cache=True, nogil=True)
 def draw_line(image, x0, y0, x1, y1, grey):
@@ -49,18 +58,23 @@ def draw_polygon(image, xs, ys, grey):
         x, y = next_x, next_y
 
 # %% ../../nbs/core/02_raster.ipynb #072dc33b
-PERMUTATION = np.frombuffer(bytes.fromhex(
-    '97a0895b5a0f830dc95f6035c2e907e18c24671e458e086325f0150a17be0694f778ea4b001ac53e5efcdbcb75230b20'
-    '39b12158ed953857ae147d88aba844af4aa547868b301ba64d929ee7536fe57a3cd385e6dc695c29372ef528f4668f36'
-    '41193fa101d85049d14c84bbd05912a9c8c4878274bc9f56a4646dc6adba034034d9e2fa7c7b05ca2693767eff5255d4'
-    'cfce3be32f103a11b6bd1c2adfb7aad577f898022c9aa346dd99659ba72bac09811627fd13626c6e4f71e0e8b2b97068'
-    'daf661e4fb22f2c1eed2900cbfb3a2f1513391ebf90eef6b31c0d61fb5c76a9db854ccb07379322d7f0496fe8aeccd5d'
-    'de72431d1848f38d80c34e42d73d9cb4'), np.uint8)
+PERMUTATION = np.frombuffer(
+    bytes.fromhex(
+        '97a0895b5a0f830dc95f6035c2e907e18c24671e458e086325f0150a17be0694f778ea4b001ac53e5efcdbcb75230b20'
+        '39b12158ed953857ae147d88aba844af4aa547868b301ba64d929ee7536fe57a3cd385e6dc695c29372ef528f4668f36'
+        '41193fa101d85049d14c84bbd05912a9c8c4878274bc9f56a4646dc6adba034034d9e2fa7c7b05ca2693767eff5255d4'
+        'cfce3be32f103a11b6bd1c2adfb7aad577f898022c9aa346dd99659ba72bac09811627fd13626c6e4f71e0e8b2b97068'
+        'daf661e4fb22f2c1eed2900cbfb3a2f1513391ebf90eef6b31c0d61fb5c76a9db854ccb07379322d7f0496fe8aeccd5d'
+        'de72431d1848f38d80c34e42d73d9cb4'
+    ),
+    np.uint8,
+)
 
 # %% ../../nbs/core/02_raster.ipynb #d24159fa
 @njit(cache=True, nogil=True, inline='always')
 def _slope(h, d):
     return -d if h & 8 else d * float32((h & 7) + 1)
+
 
 @njit(cache=True, nogil=True)
 def perlin_noise(x, out):
@@ -81,7 +95,8 @@ def splat(image, xs, ys, inks):
     ink = 0
     for i in range(xs.size):
         x, y = xs[i], ys[i]
-        if 0 <= x < w and 0 <= y < h: image[y, x] = inks[ink]
+        if 0 <= x < w and 0 <= y < h:
+            image[y, x] = inks[ink]
         ink = ink + 1 if ink + 1 < inks.size else 0
 
 # %% ../../nbs/core/02_raster.ipynb #d5734cbf
@@ -96,6 +111,8 @@ def stamp(image, xs, ys, masks, inks):
         for row in range(3):
             for column in range(3):
                 lit = value if mask & (256 >> (3 * row + column)) else 0
-                if inside: image[y + row, x + column] = lit
-                else: _put(image, x + column, y + row, lit)
+                if inside:
+                    image[y + row, x + column] = lit
+                else:
+                    _put(image, x + column, y + row, lit)
         ink = ink + 1 if ink + 1 < inks.size else 0

@@ -22,13 +22,16 @@ def _philox_block(c0, c1, c2, c3, k0, k1):
         k0, k1 = uint32(k0 + uint32(0x9E3779B9)), uint32(k1 + uint32(0xBB67AE85))
     return c0, c1, c2, c3
 
+
 @njit(cache=True, nogil=True)
 def _philox_fill(out, first, key, address):
     k0, k1 = uint32(key & uint64(0xFFFFFFFF)), uint32(key >> uint64(32))
     word = uint64(first)
     i = 0
     while i < out.size:
-        a, b, c, d = _philox_block(uint32(word >> uint64(2)), address[0], address[1], address[2], k0, k1)
+        a, b, c, d = _philox_block(
+            uint32(word >> uint64(2)), address[0], address[1], address[2], k0, k1
+        )
         for lane in range(word & uint64(3), 4):
             if i < out.size:
                 out[i] = a if lane == 0 else b if lane == 1 else c if lane == 2 else d
@@ -37,53 +40,76 @@ def _philox_fill(out, first, key, address):
 
 # %% ../../nbs/core/01_rng.ipynb #3ace1fef
 def philox(
-    seed:int,             # key, 0 … 2**64 - 1
-    address:tuple,        # three words of 32 bits that name the stream, e.g. (purpose, class, instance)
-    n:int,                # how many numbers
-    start:int=0,          # position of the first one in the stream, 0 … 2**34 - 1
-) -> np.ndarray:          # uint32 [n]
+    seed: int,  # key, 0 … 2**64 - 1
+    address: tuple,  # three words of 32 bits that name the stream, e.g. (purpose, class, instance)
+    n: int,  # how many numbers
+    start: int = 0,  # position of the first one in the stream, 0 … 2**34 - 1
+) -> np.ndarray:  # uint32 [n]
     "Random words `start … start + n - 1` of one counter stream (Philox4x32-10, Salmon et al. 2011); `ValueError` if a word does not fit."
-    if not 0 <= seed < 2**64: raise ValueError(f'seed={seed} does not fit in 64 bits; choose 0 … 2**64 - 1')
-    if len(address) != 3 or any(not 0 <= a < 2**32 for a in address): raise ValueError(f'address={address} does not fit: three words, each 0 … 2**32 - 1')
-    if start + n > 2**34: raise ValueError(f'start={start} + n={n} runs past the end of the stream, 2**34 numbers')
+    if not 0 <= seed < 2**64:
+        raise ValueError(f'seed={seed} does not fit in 64 bits; choose 0 … 2**64 - 1')
+    if len(address) != 3 or any(not 0 <= a < 2**32 for a in address):
+        raise ValueError(f'address={address} does not fit: three words, each 0 … 2**32 - 1')
+    if start + n > 2**34:
+        raise ValueError(f'start={start} + n={n} runs past the end of the stream, 2**34 numbers')
     out = np.empty(n, np.uint32)
     _philox_fill(out, start, np.uint64(seed), np.array(address, np.uint32))
     return out
 
 # %% ../../nbs/core/01_rng.ipynb #aff5b1f6
-def unit(words:np.ndarray) -> np.ndarray:
+def unit(words: np.ndarray) -> np.ndarray:
     "Words, uint32, to reals in [0, 1): `(u >> 8) * 2**-24`, float64 of the same shape."
     return (words >> np.uint32(8)) * 2.0**-24
 
-def below(words:np.ndarray, n:int) -> np.ndarray:
+
+def below(words: np.ndarray, n: int) -> np.ndarray:
     "Words, uint32, to integers 0 … n - 1: `(u * n) >> 32`, int64 of the same shape."
     return ((words.astype(np.uint64) * np.uint64(n)) >> np.uint64(32)).astype(np.int64)
 
 # %% ../../nbs/core/01_rng.ipynb #1198dce5
 class CounterRandom:
     "One counter stream with the methods of `random.Random` that formulas use."
-    def __init__(self,
-        seed:int,         # key, 0 … 2**64 - 1
-        *address:int,     # up to three words of 32 bits: purpose, class, instance
+
+    def __init__(
+        self,
+        seed: int,  # key, 0 … 2**64 - 1
+        *address: int,  # up to three words of 32 bits: purpose, class, instance
     ):
         self.seed, self.address, self.position, self._block = seed, (*address, 0, 0, 0)[:3], 0, None
-    def __repr__(self): return f'CounterRandom(seed={self.seed}, address={self.address}, position={self.position})'
-    def words(self, n:int) -> np.ndarray:
+
+    def __repr__(self):
+        return f'CounterRandom(seed={self.seed}, address={self.address}, position={self.position})'
+
+    def words(self, n: int) -> np.ndarray:
         "The next `n` words, uint32 [n]."
         self.position += n
         return philox(self.seed, self.address, n, self.position - n)
+
     def _word(self):
         self.position, (block, place) = self.position + 1, divmod(self.position, 16)
-        if block != self._block: self._ahead, self._block = philox(self.seed, self.address, 16, 16 * block).tolist(), block
+        if block != self._block:
+            self._ahead, self._block = (
+                philox(self.seed, self.address, 16, 16 * block).tolist(),
+                block,
+            )
         return self._ahead[place]
-    def random(self) -> float: return (self._word() >> 8) * 2.0**-24
-    def uniform(self, a:float, b:float) -> float: return a + (b - a) * self.random()
-    def randint(self, a:int, b:int) -> int: return a + (self._word() * (b - a + 1) >> 32)
-    def expovariate(self, rate:float) -> float: return -float(np.log(1.0 - self.random())) / rate
+
+    def random(self) -> float:
+        return (self._word() >> 8) * 2.0**-24
+
+    def uniform(self, a: float, b: float) -> float:
+        return a + (b - a) * self.random()
+
+    def randint(self, a: int, b: int) -> int:
+        return a + (self._word() * (b - a + 1) >> 32)
+
+    def expovariate(self, rate: float) -> float:
+        return -float(np.log(1.0 - self.random())) / rate
 
 # %% ../../nbs/core/01_rng.ipynb #871e24d7
 class PythonRandom(random.Random):
     "`random.Random`, its Mersenne Twister state on loan to kernels; `PythonRandom(s)` draws what `random.Random(s)` draws."
+
     @contextmanager
     def kernel_state(self):
         "Lends the state as uint32 [625] (624 words, position) and takes it back, advanced, at the end of the `with` block."
@@ -92,8 +118,10 @@ class PythonRandom(random.Random):
         yield state
         self.setstate((version, tuple(state.tolist()), gauss))
 
+
 class NumpyRandom(np.random.RandomState):
     "`numpy.random.RandomState`, its state on loan to kernels; `NumpyRandom(s)` draws what `RandomState(s)` draws."
+
     @contextmanager
     def kernel_state(self):
         "Lends the state as uint32 [625] (624 words, position) and takes it back, advanced, at the end of the `with` block."
@@ -109,8 +137,10 @@ def _mt_stir(state):
     for i in range(624):
         y = (state[i] & upper) | (state[(i + 1) % 624] & lower)
         z = uint32(y >> uint32(1))
-        if y & uint32(1): z ^= matrix
+        if y & uint32(1):
+            z ^= matrix
         state[i] = state[(i + 397) % 624] ^ z
+
 
 @njit(cache=True, nogil=True)
 def mt_words(state, out):
@@ -138,26 +168,31 @@ def mt_random(state, out):
     words = np.empty(2 * out.size, np.uint32)
     mt_words(state, words)
     for i in range(out.size):
-        out[i] = ((words[2*i] >> uint32(5)) * 67108864.0 + (words[2*i + 1] >> uint32(6))) / 9007199254740992.0
+        out[i] = (
+            (words[2 * i] >> uint32(5)) * 67108864.0 + (words[2 * i + 1] >> uint32(6))
+        ) / 9007199254740992.0
+
 
 @njit(cache=True, nogil=True)
 def mt_randbelow(state, n):
     "One `randrange(n)` draw, 1 ≤ n < 2**32: the top bits of an output, drawn again until below `n`."
     bits, word = 0, np.empty(1, np.uint32)
-    while n >> bits: bits += 1
+    while n >> bits:
+        bits += 1
     while True:
         mt_words(state, word)
         r = int(word[0]) >> (32 - bits)
-        if r < n: return r
+        if r < n:
+            return r
 
 # %% ../../nbs/core/01_rng.ipynb #6d1f1831
 CATEGORY, INSTANCE, AUGMENT, SHUFFLE, STEP, MIX = range(6)
 
 # %% ../../nbs/core/01_rng.ipynb #7eb3f3ce
 def seed_for(
-    seed:int,             # the run's seed
-    *address:int,         # purpose, then up to two words of 32 bits
-) -> int:                 # 0 … 2**63 - 1
+    seed: int,  # the run's seed
+    *address: int,  # purpose, then up to two words of 32 bits
+) -> int:  # 0 … 2**63 - 1
     "A seed for another library's generator, from an address of the counter stream."
     low, high = philox(seed, (*address, 0, 0, 0)[:3], 2)
     return int(low) | (int(high) >> 1) << 32

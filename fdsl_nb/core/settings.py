@@ -12,9 +12,9 @@ from pathlib import Path
 
 # %% ../../nbs/core/00_settings.ipynb #49e086cf
 def did_you_mean(
-    name:str,             # what was given
-    valid,                # the names that exist
-) -> str:                 # e.g. "; did you mean 'rcdb'?"
+    name: str,  # what was given
+    valid,  # the names that exist
+) -> str:  # e.g. "; did you mean 'rcdb'?"
     "The end of an error message: the nearest valid name, or all of them when none is near."
     valid = sorted(map(str, valid))
     near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
@@ -24,62 +24,89 @@ def did_you_mean(
 @dataclass(frozen=True)
 class Default:
     "One machine default: its section and key in `settings.ini`, its environment variable, type and built-in value."
+
     section: str
     key: str
     variable: str
     value: object
     choices: tuple = ()
+
     @property
-    def name(self): return f'wandb_{self.key}' if self.section == 'wandb' else self.key
+    def name(self):
+        return f'wandb_{self.key}' if self.section == 'wandb' else self.key
+
 
 DEFAULTS = (
     Default('paths', 'data_root', 'FDSL_DATA_ROOT', 'data'),
     Default('paths', 'output_root', 'FDSL_OUTPUT_ROOT', 'runs'),
     Default('run', 'workers', 'FDSL_WORKERS', 0),
-    Default('run', 'precision', 'FDSL_PRECISION', 'recipe', ('recipe', 'float32', 'bfloat16', 'float16')),
+    Default(
+        'run', 'precision', 'FDSL_PRECISION', 'recipe', ('recipe', 'float32', 'bfloat16', 'float16')
+    ),
     Default('run', 'processes', 'FDSL_PROCESSES', 1),
     Default('wandb', 'mode', 'WANDB_MODE', 'offline', ('offline', 'online', 'disabled')),
     Default('wandb', 'entity', 'WANDB_ENTITY', ''),
-    Default('wandb', 'project', 'WANDB_PROJECT', 'fdsl'))
+    Default('wandb', 'project', 'WANDB_PROJECT', 'fdsl'),
+)
 
 # %% ../../nbs/core/00_settings.ipynb #a597cabc
 @dataclass(frozen=True)
 class Resolved:
     "A value and where it came from: `default`, a file's path, an environment variable, `parameter`, `recipe`, …"
+
     value: object
     source: str
 
+
 def _converted(default, text, source):
-    try: value = type(default.value)(text)
-    except ValueError: raise ValueError(f'{default.key}={text!r} in {source} is not a whole number; write for example {default.value}') from None
+    try:
+        value = type(default.value)(text)
+    except ValueError:
+        raise ValueError(
+            f'{default.key}={text!r} in {source} is not a whole number; write for example {default.value}'
+        ) from None
     if default.choices and value not in default.choices:
-        raise ValueError(f'{default.key}={text!r} in {source} is not known' + did_you_mean(text, default.choices))
-    if isinstance(value, int) and value < 0: raise ValueError(f'{default.key}={text!r} in {source} is negative; write 0 or more')
+        raise ValueError(
+            f'{default.key}={text!r} in {source} is not known' + did_you_mean(text, default.choices)
+        )
+    if isinstance(value, int) and value < 0:
+        raise ValueError(f'{default.key}={text!r} in {source} is negative; write 0 or more')
     return Resolved(value, source)
 
 # %% ../../nbs/core/00_settings.ipynb #6458b76c
 def find_settings(
-    start:Path=None,      # folder to look upward from; the working folder if None
-) -> Path|None:           # the file, or None
+    start: Path = None,  # folder to look upward from; the working folder if None
+) -> Path | None:  # the file, or None
     "`$FDSL_SETTINGS` if set (`FileNotFoundError` if it is not there), else the nearest `settings.ini` upward."
     named = os.environ.get('FDSL_SETTINGS')
     if named:
-        if not Path(named).is_file(): raise FileNotFoundError(f'FDSL_SETTINGS={named!r} is not a file; correct or unset the variable')
+        if not Path(named).is_file():
+            raise FileNotFoundError(
+                f'FDSL_SETTINGS={named!r} is not a file; correct or unset the variable'
+            )
         return Path(named)
     start = Path(start or '.').resolve()
-    return next((d/'settings.ini' for d in (start, *start.parents) if (d/'settings.ini').is_file()), None)
+    return next(
+        (d / 'settings.ini' for d in (start, *start.parents) if (d / 'settings.ini').is_file()),
+        None,
+    )
 
 # %% ../../nbs/core/00_settings.ipynb #e39a7c42
 def _read_file(path):
     parser = configparser.ConfigParser(interpolation=None)
-    try: parser.read(path)
-    except configparser.Error as e: raise ValueError(f'{path} cannot be read: {e}; correct that line') from None
+    try:
+        parser.read(path)
+    except configparser.Error as e:
+        raise ValueError(f'{path} cannot be read: {e}; correct that line') from None
     known = {(d.section, d.key): d for d in DEFAULTS}
     found = {}
     for section in parser.sections():
         for key, text in parser.items(section):
             if (section, key) not in known:
-                raise ValueError(f'[{section}] {key} in {path} is not a setting' + did_you_mean(key, [d.key for d in DEFAULTS]))
+                raise ValueError(
+                    f'[{section}] {key} in {path} is not a setting'
+                    + did_you_mean(key, [d.key for d in DEFAULTS])
+                )
             found[known[section, key].name] = _converted(known[section, key], text, Path(path).name)
     return found
 
@@ -88,16 +115,21 @@ def _read_environment(environment):
     variables = {d.variable: d for d in DEFAULTS}
     for name in environment:
         if name.startswith('FDSL_') and name not in variables and name != 'FDSL_SETTINGS':
-            raise ValueError(f'environment variable {name} is not a setting' + did_you_mean(name, variables))
-    return {d.name: _converted(d, environment[v], v) for v, d in variables.items() if v in environment}
+            raise ValueError(
+                f'environment variable {name} is not a setting' + did_you_mean(name, variables)
+            )
+    return {
+        d.name: _converted(d, environment[v], v) for v, d in variables.items() if v in environment
+    }
 
 # %% ../../nbs/core/00_settings.ipynb #3a0e7b2b
 def machine_settings(
-    path:Path=None,       # a settings file; the one `find_settings` finds if None
-    environment=None,     # mapping of variables; `os.environ` if None
-) -> dict:                # name → `Resolved`
+    path: Path = None,  # a settings file; the one `find_settings` finds if None
+    environment=None,  # mapping of variables; `os.environ` if None
+) -> dict:  # name → `Resolved`
     "Every machine setting with its source; `ValueError` names an unknown key, variable or value."
     path = path or find_settings()
     found = {d.name: Resolved(d.value, 'default') for d in DEFAULTS}
-    if path: found |= _read_file(path)
+    if path:
+        found |= _read_file(path)
     return found | _read_environment(os.environ if environment is None else environment)

@@ -16,35 +16,71 @@ from .augmentation import Augmentation, Mixing
 from .inception import CentreView, InceptionView, SquashView, reversed_mixer
 
 # %% ../../nbs/data/03_augment.ipynb #38ae07cd
-def as_rgb(image): return image.convert('RGB')
+def as_rgb(image):
+    return image.convert('RGB')
+
 
 def train_transform(
-    a:Augmentation,
-) -> Callable:            # Pillow image, L or RGB → float32 [3, size, size], with `aug_splits` [splits, 3, size, size]
+    a: Augmentation,
+) -> (
+    Callable
+):  # Pillow image, L or RGB → float32 [3, size, size], with `aug_splits` [splits, 3, size, size]
     "The random transform for training, made by timm."
-    if a.crop_kind == 'inception': return InceptionView(a.image_size, a.scale, a.ratio, a.hflip)
-    made = create_transform(a.image_size, is_training=True, scale=a.scale, ratio=a.ratio, hflip=a.hflip, vflip=a.vflip, color_jitter=a.color_jitter or None,
-        auto_augment=a.auto_augment or None, interpolation=a.interpolation, mean=a.mean, std=a.std, re_prob=a.erasing, re_mode=a.erasing_mode,
-        re_count=a.erasing_count, re_num_splits=a.aug_splits, separate=bool(a.aug_splits))
-    if a.aug_splits: return Views(*made, a.aug_splits)
+    if a.crop_kind == 'inception':
+        return InceptionView(a.image_size, a.scale, a.ratio, a.hflip)
+    made = create_transform(
+        a.image_size,
+        is_training=True,
+        scale=a.scale,
+        ratio=a.ratio,
+        hflip=a.hflip,
+        vflip=a.vflip,
+        color_jitter=a.color_jitter or None,
+        auto_augment=a.auto_augment or None,
+        interpolation=a.interpolation,
+        mean=a.mean,
+        std=a.std,
+        re_prob=a.erasing,
+        re_mode=a.erasing_mode,
+        re_count=a.erasing_count,
+        re_num_splits=a.aug_splits,
+        separate=bool(a.aug_splits),
+    )
+    if a.aug_splits:
+        return Views(*made, a.aug_splits)
     return Compose([made.transforms[0], as_rgb, *made.transforms[1:]])
 
+
 def eval_transform(
-    a:Augmentation,
-) -> Callable:            # Pillow image, L or RGB → float32 [3, size, size]
+    a: Augmentation,
+) -> Callable:  # Pillow image, L or RGB → float32 [3, size, size]
     "The fixed transform for measuring: resize, crop, normalise."
     if a.crop_kind == 'inception':
-        return SquashView(a.image_size) if a.crop_mode == 'squash' else CentreView(a.image_size, round(a.image_size * 8 / 7))
-    made = create_transform(a.image_size, is_training=False, interpolation=a.interpolation, mean=a.mean, std=a.std, crop_pct=a.crop, crop_mode=a.crop_mode)
+        return (
+            SquashView(a.image_size)
+            if a.crop_mode == 'squash'
+            else CentreView(a.image_size, round(a.image_size * 8 / 7))
+        )
+    made = create_transform(
+        a.image_size,
+        is_training=False,
+        interpolation=a.interpolation,
+        mean=a.mean,
+        std=a.std,
+        crop_pct=a.crop,
+        crop_mode=a.crop_mode,
+    )
     return Compose([*made.transforms[:2], as_rgb, *made.transforms[2:]])
 
 # %% ../../nbs/data/03_augment.ipynb #8a3acc2f
 class Views:
     "Several views of one crop, float32 [splits, 3, size, size]: the first as it is, the others augmented; erasing spares the first."
-    def __init__(self, crop:Compose, augment:Compose, finish:Compose, splits:int):
+
+    def __init__(self, crop: Compose, augment: Compose, finish: Compose, splits: int):
         self.crop = Compose([crop.transforms[0], as_rgb, *crop.transforms[1:]])
         self.augment, self.splits = augment, splits
         self.finish, self.erase = Compose(finish.transforms[:2]), Compose(finish.transforms[2:])
+
     def __call__(self, image):
         image = self.crop(image)
         views = [image, *(self.augment(image) for _ in range(self.splits - 1))]
@@ -52,16 +88,34 @@ class Views:
 
 # %% ../../nbs/data/03_augment.ipynb #03c0338b
 def mixer(
-    m:Mixing,
-    classes:int,          # number of classes, width of the soft labels
-    seed:int=0,
-) -> Callable|None:       # (images, labels, step, part, on) → (images, soft labels [b, classes]); None if nothing is mixed
+    m: Mixing,
+    classes: int,  # number of classes, width of the soft labels
+    seed: int = 0,
+) -> (
+    Callable | None
+):  # (images, labels, step, part, on) → (images, soft labels [b, classes]); None if nothing is mixed
     "timm's `Mixup`, its chance a function of (seed, step)."
-    if not (m.mixup or m.cutmix): return None
-    if m.mix_mode == 'reversed': return reversed_mixer(m.mixup, m.cutmix, classes, seed)
-    mix = Mixup(m.mixup, m.cutmix, prob=m.mix_prob, switch_prob=m.mix_switch, mode=m.mix_mode, label_smoothing=m.smoothing, num_classes=classes)
+    if not (m.mixup or m.cutmix):
+        return None
+    if m.mix_mode == 'reversed':
+        return reversed_mixer(m.mixup, m.cutmix, classes, seed)
+    mix = Mixup(
+        m.mixup,
+        m.cutmix,
+        prob=m.mix_prob,
+        switch_prob=m.mix_switch,
+        mode=m.mix_mode,
+        label_smoothing=m.smoothing,
+        num_classes=classes,
+    )
+
     def mixed(images, labels, step, part=0, on=True):
         mix.mixup_enabled = on
-        if len(images) % 2: raise ValueError(f'a batch of {len(images)} images on one process cannot be mixed in pairs; choose an even batch')
-        with seeded(seed_for(seed, MIX, step, part)): return mix(images, labels)
+        if len(images) % 2:
+            raise ValueError(
+                f'a batch of {len(images)} images on one process cannot be mixed in pairs; choose an even batch'
+            )
+        with seeded(seed_for(seed, MIX, step, part)):
+            return mix(images, labels)
+
     return mixed

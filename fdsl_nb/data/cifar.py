@@ -13,7 +13,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.utils import check_integrity, download_and_extract_archive, extract_archive
+from torchvision.datasets.utils import (
+    check_integrity,
+    download_and_extract_archive,
+    extract_archive,
+)
 from ..core.settings import did_you_mean, machine_settings
 from .loading import ImageDataset, held_out
 
@@ -22,58 +26,86 @@ SOURCES = {'cifar10': CIFAR10, 'cifar100': CIFAR100}
 
 # %% ../../nbs/data/06_cifar.ipynb #99ebf29a
 def faults(
-    source:type,          # torchvision's class: its folder, its files, their checksums
-    root:Path,            # where that folder is
-) -> dict:                # file name → 'missing' or 'damaged'; empty if all is well
+    source: type,  # torchvision's class: its folder, its files, their checksums
+    root: Path,  # where that folder is
+) -> dict:  # file name → 'missing' or 'damaged'; empty if all is well
     "Which files of a data set in CIFAR's layout are missing or damaged."
-    here = Path(root)/source.base_folder
+    here = Path(root) / source.base_folder
     found = {}
-    for name, checksum in [*source.train_list, *source.test_list, (source.meta['filename'], source.meta['md5'])]:
-        if not (here/name).is_file(): found[name] = 'missing'
-        elif not check_integrity(here/name, checksum): found[name] = 'damaged'
+    for name, checksum in [
+        *source.train_list,
+        *source.test_list,
+        (source.meta['filename'], source.meta['md5']),
+    ]:
+        if not (here / name).is_file():
+            found[name] = 'missing'
+        elif not check_integrity(here / name, checksum):
+            found[name] = 'damaged'
     return found
 
 # %% ../../nbs/data/06_cifar.ipynb #709d8fd8
 @contextmanager
 def _alone(root, name):
     root.mkdir(parents=True, exist_ok=True)
-    with open(root/f'.{name}.lock', 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)      # the system frees it when the process ends, however it ends
+    with open(root / f'.{name}.lock', 'w') as lock:
+        fcntl.flock(
+            lock, fcntl.LOCK_EX
+        )  # the system frees it when the process ends, however it ends
         yield
 
+
 def _unpack(source, root, draft):
-    archive = root/source.filename
-    if not archive.is_file(): return download_and_extract_archive(source.url, draft, filename=source.filename, md5=source.tgz_md5)
+    archive = root / source.filename
+    if not archive.is_file():
+        return download_and_extract_archive(
+            source.url, draft, filename=source.filename, md5=source.tgz_md5
+        )
     if not check_integrity(archive, source.tgz_md5):
-        raise ValueError(f'{source.filename} in {str(root)!r} is damaged (its MD5 sum is not {source.tgz_md5}); delete it, or copy it again')
+        raise ValueError(
+            f'{source.filename} in {str(root)!r} is damaged (its MD5 sum is not {source.tgz_md5}); delete it, or copy it again'
+        )
     extract_archive(archive, draft)
 
 # %% ../../nbs/data/06_cifar.ipynb #7d8a4a41
 def fetch(
-    source:type,          # torchvision's class of the data set
-    root:Path,            # where its folder shall be
+    source: type,  # torchvision's class of the data set
+    root: Path,  # where its folder shall be
 ):
     "Unpack or download a data set unless it is there; `FileNotFoundError` if it cannot be had, `ValueError` if an archive is damaged."
     root = Path(root)
     with _alone(root, source.base_folder):
-        if (root/source.base_folder).is_dir(): return
-        for old in root.glob(f'.{source.base_folder}.draft*'): shutil.rmtree(old, ignore_errors=True)
+        if (root / source.base_folder).is_dir():
+            return
+        for old in root.glob(f'.{source.base_folder}.draft*'):
+            shutil.rmtree(old, ignore_errors=True)
         draft = Path(tempfile.mkdtemp(prefix=f'.{source.base_folder}.draft', dir=root))
         try:
             _unpack(source, root, draft)
-            os.replace(draft/source.base_folder, root/source.base_folder)
+            os.replace(draft / source.base_folder, root / source.base_folder)
         except (OSError, RuntimeError, tarfile.TarError, http.client.HTTPException) as e:
-            raise FileNotFoundError(f'{source.base_folder}/ is not in {str(root)!r} and could not be downloaded ({e}); put {source.filename} into that folder, '
-                'or name a folder of pictures, train/CLASS/…, or an archive of one, as the data set') from e
-        finally: shutil.rmtree(draft, ignore_errors=True)
+            raise FileNotFoundError(
+                f'{source.base_folder}/ is not in {str(root)!r} and could not be downloaded ({e}); put {source.filename} into that folder, '
+                'or name a folder of pictures, train/CLASS/…, or an archive of one, as the data set'
+            ) from e
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
 
 # %% ../../nbs/data/06_cifar.ipynb #a31b75a0
 class CifarDataset(ImageDataset):
     "Pictures 32 × 32 in memory; gives (Pillow image RGB, class), has `.classes` and `.label(i)`."
-    def __init__(self, images:np.ndarray, labels:np.ndarray, classes:list): self.images, self.labels, self.classes = images, labels, classes
-    def __len__(self): return len(self.labels)
-    def label(self, i:int) -> int: return int(self.labels[i])
-    def __getitem__(self, i:int): return Image.fromarray(self.images[i]), self.label(i)
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, classes: list):
+        self.images, self.labels, self.classes = images, labels, classes
+
+    def __len__(self):
+        return len(self.labels)
+
+    def label(self, i: int) -> int:
+        return int(self.labels[i])
+
+    def __getitem__(self, i: int):
+        return Image.fromarray(self.images[i]), self.label(i)
+
 
 @lru_cache
 def _loaded(name, root, train):
@@ -82,19 +114,39 @@ def _loaded(name, root, train):
 
 # %% ../../nbs/data/06_cifar.ipynb #3968795f
 def open_cifar(
-    name:str='cifar10',   # cifar10 or cifar100
-    split:str='train',    # train, val or test
-    root:str|Path=None,   # where cifar-10-batches-py or its archive is, or one of the two; the machine's data_root if None
-    val:str='held_out',   # what to choose by: held_out, a tenth of the training images, or test, as the published programs do
+    name: str = 'cifar10',  # cifar10 or cifar100
+    split: str = 'train',  # train, val or test
+    root: str
+    | Path = None,  # where cifar-10-batches-py or its archive is, or one of the two; the machine's data_root if None
+    val: str = 'held_out',  # what to choose by: held_out, a tenth of the training images, or test, as the published programs do
 ) -> CifarDataset:
     "CIFAR-10 or CIFAR-100, fetched if need be; `ValueError` or `FileNotFoundError` names the split, choice or file, and the remedy."
-    for what, given, known in (('dataset', name, SOURCES), ('split', split, ('train', 'val', 'test')), ('val', val, ('held_out', 'test'))):
-        if given not in known: raise ValueError(f'{what}={given!r} is not known' + did_you_mean(given, known))
-    source, root = SOURCES[name], Path(machine_settings()['data_root'].value if root is None else root).resolve()
-    if root.name in (source.base_folder, source.filename): root = root.parent
+    for what, given, known in (
+        ('dataset', name, SOURCES),
+        ('split', split, ('train', 'val', 'test')),
+        ('val', val, ('held_out', 'test')),
+    ):
+        if given not in known:
+            raise ValueError(f'{what}={given!r} is not known' + did_you_mean(given, known))
+    source, root = (
+        SOURCES[name],
+        Path(machine_settings()['data_root'].value if root is None else root).resolve(),
+    )
+    if root.name in (source.base_folder, source.filename):
+        root = root.parent
     fetch(source, root)
     if bad := faults(source, root):
-        raise ValueError(f'{name} in {str(root/source.base_folder)!r} is not whole: ' + ', '.join(f'{f} is {why}' for f, why in bad.items()) + '; delete that folder to fetch it anew, or copy it again')
-    images, labels, classes = _loaded(name, root, split == 'train' or (split, val) == ('val', 'held_out'))
-    keep = np.ones(len(labels), bool) if split == 'test' or val == 'test' else held_out(labels) == (split == 'val')
+        raise ValueError(
+            f'{name} in {str(root / source.base_folder)!r} is not whole: '
+            + ', '.join(f'{f} is {why}' for f, why in bad.items())
+            + '; delete that folder to fetch it anew, or copy it again'
+        )
+    images, labels, classes = _loaded(
+        name, root, split == 'train' or (split, val) == ('val', 'held_out')
+    )
+    keep = (
+        np.ones(len(labels), bool)
+        if split == 'test' or val == 'test'
+        else held_out(labels) == (split == 'val')
+    )
     return CifarDataset(images[keep], labels[keep], classes)

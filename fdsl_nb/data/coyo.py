@@ -25,30 +25,44 @@ from .shards import PICTURES, Stored, read_at, shard_paths, tar_index
 # %% ../../nbs/data/07_coyo.ipynb #3be22c25
 def _members(key, image, labels, probs, as_text):
     picture = io.BytesIO()
-    image.convert('RGB').save(picture, 'JPEG', quality=95)          # img2dataset's own default
+    image.convert('RGB').save(picture, 'JPEG', quality=95)  # img2dataset's own default
     listed = (lambda values: str(list(values))) if as_text else list
-    meta = dict(caption=None, url=f'example://{key}', key=key, status='success', error_message=None, width=image.width, height=image.height,
-        original_width=image.width, original_height=image.height, exif='{}', sha256=hashlib.sha256(picture.getvalue()).hexdigest())
-    if labels is not None: meta['labels'] = listed(map(int, labels))
-    if probs is not None: meta['label_probs'] = listed(map(float, probs))
+    meta = dict(
+        caption=None,
+        url=f'example://{key}',
+        key=key,
+        status='success',
+        error_message=None,
+        width=image.width,
+        height=image.height,
+        original_width=image.width,
+        original_height=image.height,
+        exif='{}',
+        sha256=hashlib.sha256(picture.getvalue()).hexdigest(),
+    )
+    if labels is not None:
+        meta['labels'] = listed(map(int, labels))
+    if probs is not None:
+        meta['label_probs'] = listed(map(float, probs))
     return ('jpg', picture.getvalue()), ('json', json.dumps(meta, indent=4).encode())
 
 # %% ../../nbs/data/07_coyo.ipynb #9f7517ed
 def write_shards(
-    folder,               # made if it is not there
-    rows,                 # (Pillow image, whole numbers or None, probabilities or None), one after the other
-    shard_images:int=1000,
-    as_text:bool=False,   # lists as text, as after a CSV file
-) -> list:                # paths
+    folder,  # made if it is not there
+    rows,  # (Pillow image, whole numbers or None, probabilities or None), one after the other
+    shard_images: int = 1000,
+    as_text: bool = False,  # lists as text, as after a CSV file
+) -> list:  # paths
     "Writes shards as img2dataset does: `00000.tar` …, in each `000000000.jpg`, `000000000.json` …."
     rows, folder, paths = list(rows), Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
     for s in range(-(-len(rows) // shard_images)):
-        paths.append(folder/f'{s:05d}.tar')
+        paths.append(folder / f'{s:05d}.tar')
         with whole_file(paths[-1]) as f, tarfile.open(fileobj=f, mode='w') as tar:
-            for n, row in enumerate(rows[s * shard_images:(s + 1) * shard_images]):
+            for n, row in enumerate(rows[s * shard_images : (s + 1) * shard_images]):
                 for suffix, data in _members(f'{s:05d}{n:04d}', *row, as_text):
-                    info = tarfile.TarInfo(f'{s:05d}{n:04d}.{suffix}'); info.size = len(data)
+                    info = tarfile.TarInfo(f'{s:05d}{n:04d}.{suffix}')
+                    info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
     return paths
 
@@ -58,206 +72,350 @@ def _mean_digits():
     train = DigitsDataset('train')
     return np.stack([train.images[train.labels == c].mean(0) for c in range(10)])
 
+
 def _machine_labels(digits):
     closeness = -((digits[:, None] - _mean_digits()) ** 2).mean((2, 3)) / 1000
     chances = np.exp(closeness - closeness.max(1, keepdims=True))
-    each = (chances / chances.sum(1, keepdims=True)).max(0)          # a sheet shows what any of its digits shows
+    each = (chances / chances.sum(1, keepdims=True)).max(
+        0
+    )  # a sheet shows what any of its digits shows
     order = np.argsort(-each, kind='stable')
     return order, each[order]
 
 # %% ../../nbs/data/07_coyo.ipynb #5dd0119e
 def example_rows(
-    images:int,
-    rng:np.random.Generator,
-    split:str='train',    # of scikit-learn's digits
+    images: int,
+    rng: np.random.Generator,
+    split: str = 'train',  # of scikit-learn's digits
 ):
     "Yields sheets of one to three handwritten digits, 64 × 64, with all ten labels and their probabilities."
     digits = DigitsDataset(split).images
     for _ in range(images):
-        chosen, sheet = digits[rng.choice(len(digits), rng.integers(1, 4), replace=False)], np.zeros((2, 2, 8, 8), np.uint8)
-        sheet.reshape(4, 8, 8)[rng.permutation(4)[:len(chosen)]] = chosen
-        yield Image.fromarray(sheet.swapaxes(1, 2).reshape(16, 16)).resize((64, 64), Image.Resampling.BICUBIC), *_machine_labels(chosen)
+        chosen, sheet = (
+            digits[rng.choice(len(digits), rng.integers(1, 4), replace=False)],
+            np.zeros((2, 2, 8, 8), np.uint8),
+        )
+        sheet.reshape(4, 8, 8)[rng.permutation(4)[: len(chosen)]] = chosen
+        yield (
+            Image.fromarray(sheet.swapaxes(1, 2).reshape(16, 16)).resize(
+                (64, 64), Image.Resampling.BICUBIC
+            ),
+            *_machine_labels(chosen),
+        )
 
 # %% ../../nbs/data/07_coyo.ipynb #000693f6
-CLASSES = 21_841          # of ImageNet-21k, in the order of the network that labelled COYO
+CLASSES = 21_841  # of ImageNet-21k, in the order of the network that labelled COYO
+
 
 @dataclass(frozen=True)
 class MultiHot:
     "How labels become a target."
+
     classes: int = CLASSES
-    threshold: float = None         # least probability of a label that counts; None: all labels in the record, as published
-    normalize_label: bool = False   # divide the target by its sum (the published option of that name)
+    threshold: float = None  # least probability of a label that counts; None: all labels in the record, as published
+    normalize_label: bool = (
+        False  # divide the target by its sum (the published option of that name)
+    )
+
     def __post_init__(self):
-        if self.classes < 1: raise ValueError(f'classes={self.classes}: at least one class is needed')
-        if self.threshold is not None and not 0 <= self.threshold <= 1: raise ValueError(f'threshold={self.threshold} is not a probability; choose 0 … 1, e.g. 0.1, or None')
-    def __call__(self,
-        labels,           # whole numbers
-        probs=None,       # as many, or None where the record has none
-    ) -> torch.Tensor:    # float32 [classes]
+        if self.classes < 1:
+            raise ValueError(f'classes={self.classes}: at least one class is needed')
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise ValueError(
+                f'threshold={self.threshold} is not a probability; choose 0 … 1, e.g. 0.1, or None'
+            )
+
+    def __call__(
+        self,
+        labels,  # whole numbers
+        probs=None,  # as many, or None where the record has none
+    ) -> torch.Tensor:  # float32 [classes]
         kept = np.asarray(labels, np.int64)
-        if self.threshold is not None: kept = kept[np.asarray(probs) >= self.threshold]
+        if self.threshold is not None:
+            kept = kept[np.asarray(probs) >= self.threshold]
         target = torch.zeros(self.classes)
-        target[torch.from_numpy(kept)] = 1.
+        target[torch.from_numpy(kept)] = 1.0
         return target / target.sum() if self.normalize_label and target.sum() > 0 else target
 
 # %% ../../nbs/data/07_coyo.ipynb #4ed4f0bc
-FAULTS = ('', 'has no picture', 'has no .json', 'has a .json that cannot be read', 'has no labels', 'has labels that are not whole numbers',
-    'has not as many numbers in label_probs as labels')
+FAULTS = (
+    '',
+    'has no picture',
+    'has no .json',
+    'has a .json that cannot be read',
+    'has no labels',
+    'has labels that are not whole numbers',
+    'has not as many numbers in label_probs as labels',
+)
+
 
 def _numbers(value):
-    if isinstance(value, str): value = value.strip(' []\n').replace(',', ' ').split()    # JSON's way of writing lists, and NumPy's
-    try: return np.array([] if value is None else value, np.float64)
-    except (ValueError, TypeError, OverflowError): return np.array([np.nan])       # refused below, like every number that is none
+    if isinstance(value, str):
+        value = (
+            value.strip(' []\n').replace(',', ' ').split()
+        )  # JSON's way of writing lists, and NumPy's
+    try:
+        return np.array([] if value is None else value, np.float64)
+    except (ValueError, TypeError, OverflowError):
+        return np.array([np.nan])  # refused below, like every number that is none
+
 
 def read_labels(
-    data:bytes,           # of a `.json`
-) -> tuple:               # (int64 [n], float32 [n] or None)
+    data: bytes,  # of a `.json`
+) -> tuple:  # (int64 [n], float32 [n] or None)
     "Labels and probabilities of a record; `ValueError` with one of `FAULTS`."
-    try: record = json.loads(data)
-    except (ValueError, RecursionError): raise ValueError(FAULTS[3]) from None
-    if not isinstance(record, dict): raise ValueError(FAULTS[3])
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError):
+        raise ValueError(FAULTS[3]) from None
+    if not isinstance(record, dict):
+        raise ValueError(FAULTS[3])
     labels, probs = _numbers(record.get('labels')), _numbers(record.get('label_probs'))
-    if labels.size == 0: raise ValueError(FAULTS[4])
-    if labels.ndim != 1 or not np.isfinite(labels).all() or (labels != np.rint(labels)).any() or np.abs(labels).max() >= 2**31: raise ValueError(FAULTS[5])
-    if probs.size and probs.shape != labels.shape or not np.isfinite(probs).all(): raise ValueError(FAULTS[6])
+    if labels.size == 0:
+        raise ValueError(FAULTS[4])
+    if (
+        labels.ndim != 1
+        or not np.isfinite(labels).all()
+        or (labels != np.rint(labels)).any()
+        or np.abs(labels).max() >= 2**31
+    ):
+        raise ValueError(FAULTS[5])
+    if probs.size and probs.shape != labels.shape or not np.isfinite(probs).all():
+        raise ValueError(FAULTS[6])
     return labels.astype(np.int64), probs.astype(np.float32) if probs.size else None
 
 # %% ../../nbs/data/07_coyo.ipynb #b7eae706
-RECORD = np.dtype([('picture', '<i8'), ('size', '<i4'), ('crc', '<u4'), ('json', '<i8'), ('json_size', '<i4'), ('json_crc', '<u4'),
-    ('lowest', '<i4'), ('highest', '<i4'), ('best', '<f4'), ('fault', '<i4')])
+RECORD = np.dtype(
+    [
+        ('picture', '<i8'),
+        ('size', '<i4'),
+        ('crc', '<u4'),
+        ('json', '<i8'),
+        ('json_size', '<i4'),
+        ('json_crc', '<u4'),
+        ('lowest', '<i4'),
+        ('highest', '<i4'),
+        ('best', '<f4'),
+        ('fault', '<i4'),
+    ]
+)
+
 
 def _row(path, record):
-    picture = next((place for suffix, place in record.items() if f'.{suffix}'.endswith(PICTURES)), None)
+    picture = next(
+        (place for suffix, place in record.items() if f'.{suffix}'.endswith(PICTURES)), None
+    )
     first, second = picture or (-1, 0), record.get('json', (-1, 0))
     data, text = (read_at(path, *place) if place[0] >= 0 else b'' for place in (first, second))
     row = [*first, zlib.crc32(data), *second, zlib.crc32(text)]
-    if picture is None or 'json' not in record: return *row, 0, 0, np.nan, 1 if picture is None else 2
-    try: labels, probs = read_labels(text)
-    except ValueError as e: return *row, 0, 0, np.nan, FAULTS.index(str(e))
+    if picture is None or 'json' not in record:
+        return *row, 0, 0, np.nan, 1 if picture is None else 2
+    try:
+        labels, probs = read_labels(text)
+    except ValueError as e:
+        return *row, 0, 0, np.nan, FAULTS.index(str(e))
     return *row, labels.min(), labels.max(), np.nan if probs is None else probs.max(), 0
 
 # %% ../../nbs/data/07_coyo.ipynb #ad12acb3
 def scan_shard(
     path,
-) -> np.ndarray:          # `RECORD` [records], in the order of the shard
+) -> np.ndarray:  # `RECORD` [records], in the order of the shard
     "Reads a shard once from end to end; `ValueError` names it if it is not whole."
     records = {}
     for name, first, size in tar_index(path):
         key, _, suffix = PurePosixPath(name).name.partition('.')
         records.setdefault(f'{PurePosixPath(name).parent}/{key}', {})[suffix.lower()] = first, size
-    isrecord = lambda r: 'json' in r or any(f'.{suffix}'.endswith(PICTURES) for suffix in r)
+
+    def isrecord(r):
+        return 'json' in r or any(f'.{suffix}'.endswith(PICTURES) for suffix in r)
+
     return np.array([_row(path, r) for r in records.values() if isrecord(r)], RECORD)
 
 # %% ../../nbs/data/07_coyo.ipynb #a998315b
-_SEAL = struct.Struct('<8sIq')      # 'FDSLCOYO', CRC-32 of what follows, bytes of the shard
+_SEAL = struct.Struct('<8sIq')  # 'FDSLCOYO', CRC-32 of what follows, bytes of the shard
+
 
 def _write_index(path, shard, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as f: f.write(_SEAL.pack(b'FDSLCOYO', zlib.crc32(rows.tobytes()), os.stat(shard).st_size) + rows.tobytes())
+    with whole_file(path) as f:
+        f.write(
+            _SEAL.pack(b'FDSLCOYO', zlib.crc32(rows.tobytes()), os.stat(shard).st_size)
+            + rows.tobytes()
+        )
+
 
 def _read_index(path, shard):
     data = path.read_bytes()
-    mark, crc, size = _SEAL.unpack(data[:_SEAL.size].ljust(_SEAL.size))
-    if mark != b'FDSLCOYO' or zlib.crc32(data[_SEAL.size:]) != crc: raise ValueError(f'{path} is damaged; delete it, then seal or open the shard again')
+    mark, crc, size = _SEAL.unpack(data[: _SEAL.size].ljust(_SEAL.size))
+    if mark != b'FDSLCOYO' or zlib.crc32(data[_SEAL.size :]) != crc:
+        raise ValueError(f'{path} is damaged; delete it, then seal or open the shard again')
     if os.stat(shard).st_size != size:
-        raise ValueError(f'{shard} has {os.stat(shard).st_size} bytes, but {size} when it was sealed; copy it anew, or delete {path.name} if it was changed on purpose')
-    return np.frombuffer(data[_SEAL.size:], RECORD)
+        raise ValueError(
+            f'{shard} has {os.stat(shard).st_size} bytes, but {size} when it was sealed; copy it anew, or delete {path.name} if it was changed on purpose'
+        )
+    return np.frombuffer(data[_SEAL.size :], RECORD)
 
 # %% ../../nbs/data/07_coyo.ipynb #0cae696d
 def read_index(
-    shard,                # path of a tar
-) -> np.ndarray:          # `RECORD` [records]
+    shard,  # path of a tar
+) -> np.ndarray:  # `RECORD` [records]
     "What is known of a shard: from its seal, else from the data root, else by looking; `ValueError` if shard or index is damaged."
     shard = Path(shard)
-    if not shard.is_file(): raise FileNotFoundError(f'shards: {shard} does not exist; check the pattern')
-    if shard.with_suffix('.index').exists(): return _read_index(shard.with_suffix('.index'), shard)
+    if not shard.is_file():
+        raise FileNotFoundError(f'shards: {shard} does not exist; check the pattern')
+    if shard.with_suffix('.index').exists():
+        return _read_index(shard.with_suffix('.index'), shard)
     stat = shard.stat()
-    word = hashlib.sha256(f'{shard.resolve()} {stat.st_size} {stat.st_mtime_ns}'.encode()).hexdigest()[:24]
-    kept = Path(machine_settings()['data_root'].value)/'indexes'/f'{word}.index'
-    if not kept.exists(): _write_index(kept, shard, scan_shard(shard))
+    word = hashlib.sha256(
+        f'{shard.resolve()} {stat.st_size} {stat.st_mtime_ns}'.encode()
+    ).hexdigest()[:24]
+    kept = Path(machine_settings()['data_root'].value) / 'indexes' / f'{word}.index'
+    if not kept.exists():
+        _write_index(kept, shard, scan_shard(shard))
     return _read_index(kept, shard)
 
 # %% ../../nbs/data/07_coyo.ipynb #c739a16c
-def _seal(shard): _write_index(Path(shard).with_suffix('.index'), shard, scan_shard(shard))
+def _seal(shard):
+    _write_index(Path(shard).with_suffix('.index'), shard, scan_shard(shard))
+
 
 def seal_shards(
-    shards,               # a folder, or a pattern with braces or *
-    workers:int=0,        # processes; 0 for this one
-) -> int:                 # how many
+    shards,  # a folder, or a pattern with braces or *
+    workers: int = 0,  # processes; 0 for this one
+) -> int:  # how many
     "Looks at shards and writes an index beside each; do it on the machine that made them."
     paths = list_shards(shards)
     if workers:
-        with ProcessPoolExecutor(workers, get_context('spawn')) as pool: list(pool.map(_seal, paths))
-    else: list(map(_seal, paths))
+        with ProcessPoolExecutor(workers, get_context('spawn')) as pool:
+            list(pool.map(_seal, paths))
+    else:
+        list(map(_seal, paths))
     return len(paths)
 
 # %% ../../nbs/data/07_coyo.ipynb #eb0af60b
 def list_shards(
-    shards,               # a folder; a pattern, e.g. 'a/{00000..00099}.tar'; or {split: folder or pattern}
-    split:str='train',
-) -> list|None:           # paths; None where there is no such split
+    shards,  # a folder; a pattern, e.g. 'a/{00000..00099}.tar'; or {split: folder or pattern}
+    split: str = 'train',
+) -> list | None:  # paths; None where there is no such split
     "The shards of a split; a folder of tars, or a single pattern, is all `train`."
-    if isinstance(shards, dict): return list_shards(shards[split]) if split in shards else None
+    if isinstance(shards, dict):
+        return list_shards(shards[split]) if split in shards else None
     text, folder = str(shards), Path(shards)
-    if not text: raise ValueError("dataset='coyo' needs shards: the folder or pattern of what img2dataset wrote, e.g. -y 'knobs: {shards: coyo/{00000..00099}.tar}'")
-    if '://' in text or text.startswith('pipe:'): raise ValueError(f'shards={text!r} can only be read in order; copy them to a disk for training')
-    if (folder/split).is_dir(): folder, split = folder/split, 'train'
-    if split != 'train': return None
-    paths = sorted(map(str, folder.glob('*.tar'))) if folder.is_dir() else [p for p in shard_paths(text) if p.endswith('.tar')]
-    if not paths: raise FileNotFoundError(f'shards={text!r} names no .tar file; check the folder or the pattern')
+    if not text:
+        raise ValueError(
+            "dataset='coyo' needs shards: the folder or pattern of what img2dataset wrote, e.g. -y 'knobs: {shards: coyo/{00000..00099}.tar}'"
+        )
+    if '://' in text or text.startswith('pipe:'):
+        raise ValueError(
+            f'shards={text!r} can only be read in order; copy them to a disk for training'
+        )
+    if (folder / split).is_dir():
+        folder, split = folder / split, 'train'
+    if split != 'train':
+        return None
+    paths = (
+        sorted(map(str, folder.glob('*.tar')))
+        if folder.is_dir()
+        else [p for p in shard_paths(text) if p.endswith('.tar')]
+    )
+    if not paths:
+        raise FileNotFoundError(
+            f'shards={text!r} names no .tar file; check the folder or the pattern'
+        )
     return paths
 
 # %% ../../nbs/data/07_coyo.ipynb #1bce343c
 class CoyoDataset(Stored):
     "Images with many labels, by number: (Pillow RGB image, float32 target [classes]). `.left_out` counts records not listed, `.skipped` pictures found bad later."
+
     multilabel = True
-    def __init__(self, paths:list, target:MultiHot=MultiHot(), on_error:str='raise'):
+
+    def __init__(self, paths: list, target: MultiHot = MultiHot(), on_error: str = 'raise'):
         super().__init__(on_error)
         self.paths, self.target, self.left_out = [str(p) for p in paths], target, Counter()
         found = [self._keep(p, read_index(p)) for p in self.paths]
         self.places, self.ends = np.concatenate(found), np.cumsum([len(f) for f in found])
         self.classes = [str(c) for c in range(target.classes)]
-        if not len(self): raise ValueError(f'{len(self.paths)} shards hold no record that can be used ({dict(self.left_out)}); lower the threshold, or check what was written')
-    def __len__(self): return len(self.places)
-    def __repr__(self): return f'CoyoDataset({len(self)} images in {len(self.paths)} shards, {self.target}, left out: {dict(self.left_out)})'
-    def name(self, i:int) -> str: return f'{self._shard(i)}, picture at byte {self.places[i]["picture"]}'
-    def read(self, i:int) -> bytes: return self._bytes(i, 'picture', 'size', 'crc')
-    def label(self, i:int) -> torch.Tensor: return self.target(*self.labels(i))
-    def labels(self, i:int) -> tuple:
+        if not len(self):
+            raise ValueError(
+                f'{len(self.paths)} shards hold no record that can be used ({dict(self.left_out)}); lower the threshold, or check what was written'
+            )
+
+    def __len__(self):
+        return len(self.places)
+
+    def __repr__(self):
+        return f'CoyoDataset({len(self)} images in {len(self.paths)} shards, {self.target}, left out: {dict(self.left_out)})'
+
+    def name(self, i: int) -> str:
+        return f'{self._shard(i)}, picture at byte {self.places[i]["picture"]}'
+
+    def read(self, i: int) -> bytes:
+        return self._bytes(i, 'picture', 'size', 'crc')
+
+    def label(self, i: int) -> torch.Tensor:
+        return self.target(*self.labels(i))
+
+    def labels(self, i: int) -> tuple:
         "All labels of image `i` and their probabilities, whatever the threshold."
         return read_labels(self._bytes(i, 'json', 'json_size', 'json_crc'))
 
 # %% ../../nbs/data/07_coyo.ipynb #12d15520
 @patch
-def _shard(self:CoyoDataset, i): return self.paths[int(np.searchsorted(self.ends, i, 'right'))]
+def _shard(self: CoyoDataset, i):
+    return self.paths[int(np.searchsorted(self.ends, i, 'right'))]
+
 
 @patch
-def _bytes(self:CoyoDataset, i, first, size, crc):
+def _bytes(self: CoyoDataset, i, first, size, crc):
     path, place = self._shard(i), self.places[i]
     data = read_at(path, int(place[first]), int(place[size]))
-    if zlib.crc32(data) != place[crc]: raise ValueError(f'{path}: the checksum of the file at byte {place[first]} does not fit; copy the shard anew, or read on with on_error="skip"')
+    if zlib.crc32(data) != place[crc]:
+        raise ValueError(
+            f'{path}: the checksum of the file at byte {place[first]} does not fit; copy the shard anew, or read on with on_error="skip"'
+        )
     return data
 
 # %% ../../nbs/data/07_coyo.ipynb #4a087a2b
 @patch
-def _keep(self:CoyoDataset, path, rows):
-    outside, threshold = (rows['lowest'] < 0) | (rows['highest'] >= self.target.classes), self.target.threshold
+def _keep(self: CoyoDataset, path, rows):
+    outside, threshold = (
+        (rows['lowest'] < 0) | (rows['highest'] >= self.target.classes),
+        self.target.threshold,
+    )
     unknown = np.isnan(rows['best']) & (threshold is not None)
-    faults = [f for f in FAULTS[1:]] + [f'has labels outside 0 … {self.target.classes - 1}', 'has no label_probs for the threshold']
-    kind = np.where(rows['fault'] > 0, rows['fault'], np.where(outside, len(faults) - 1, np.where(unknown, len(faults), 0)))
-    for n in np.flatnonzero(kind)[:1 if self.on_error == 'raise' else 0]:
+    faults = [f for f in FAULTS[1:]] + [
+        f'has labels outside 0 … {self.target.classes - 1}',
+        'has no label_probs for the threshold',
+    ]
+    kind = np.where(
+        rows['fault'] > 0,
+        rows['fault'],
+        np.where(outside, len(faults) - 1, np.where(unknown, len(faults), 0)),
+    )
+    for n in np.flatnonzero(kind)[: 1 if self.on_error == 'raise' else 0]:
         place = max(rows[n]['picture'], rows[n]['json']) - 512
-        key = read_at(path, int(place), 100).split(b'\0')[0].decode(errors='replace').partition('.')[0]
-        raise ValueError(f'{path}: record {key} {faults[kind[n] - 1]}; correct it, or leave such records out with on_error="skip"')
-    weak = np.zeros(len(rows), bool) if threshold is None else (kind == 0) & (rows['best'] < threshold)
+        key = (
+            read_at(path, int(place), 100)
+            .split(b'\0')[0]
+            .decode(errors='replace')
+            .partition('.')[0]
+        )
+        raise ValueError(
+            f'{path}: record {key} {faults[kind[n] - 1]}; correct it, or leave such records out with on_error="skip"'
+        )
+    weak = (
+        np.zeros(len(rows), bool) if threshold is None else (kind == 0) & (rows['best'] < threshold)
+    )
     self.left_out.update(faults[k - 1] for k in kind[kind > 0])
-    if weak.any(): self.left_out['below the threshold'] += int(weak.sum())
+    if weak.any():
+        self.left_out['below the threshold'] += int(weak.sum())
     return rows[(kind == 0) & ~weak]
 
 # %% ../../nbs/data/07_coyo.ipynb #7862a3c7
 def threshold_table(
-    images:CoyoDataset,   # opened without a threshold
-    thresholds=(0., 0.05, 0.1, 0.15, 0.2, 0.25),
+    images: CoyoDataset,  # opened without a threshold
+    thresholds=(0.0, 0.05, 0.1, 0.15, 0.2, 0.25),
 ) -> pd.DataFrame:
     "For each threshold: labels an image (of those kept), different labels, share of images kept; reads every record's labels once."
     known = [images.labels(i) for i in range(len(images))]
@@ -265,19 +423,32 @@ def threshold_table(
     for t in thresholds:
         left = [labels[probs >= t] for labels, probs in known]
         some = [labels for labels in left if len(labels)]
-        rows.append((t, sum(map(len, some)) / max(1, len(some)), len(np.unique(np.concatenate(left))), len(some) / len(left)))
-    return pd.DataFrame(rows, columns=['threshold', 'labels an image', 'different labels', 'images kept']).set_index('threshold')
+        rows.append(
+            (
+                t,
+                sum(map(len, some)) / max(1, len(some)),
+                len(np.unique(np.concatenate(left))),
+                len(some) / len(left),
+            )
+        )
+    return pd.DataFrame(
+        rows, columns=['threshold', 'labels an image', 'different labels', 'images kept']
+    ).set_index('threshold')
 
 # %% ../../nbs/data/07_coyo.ipynb #327bec2e
 def open_coyo(
-    split:str='train',
-    shards='',            # see `list_shards`
-    on_error:str='raise', # or skip
-    **knobs,              # fields of `MultiHot`: classes, threshold, normalize_label
-) -> CoyoDataset|None:    # None where there is no such split
+    split: str = 'train',
+    shards='',  # see `list_shards`
+    on_error: str = 'raise',  # or skip
+    **knobs,  # fields of `MultiHot`: classes, threshold, normalize_label
+) -> CoyoDataset | None:  # None where there is no such split
     "Opens what img2dataset wrote; `TypeError` names an unknown knob and the nearest known."
     known = [f.name for f in fields(MultiHot)]
     for knob in knobs:
-        if knob not in known: raise TypeError(f"dataset='coyo' has no knob {knob!r}" + did_you_mean(knob, [*known, 'shards', 'on_error']))
+        if knob not in known:
+            raise TypeError(
+                f"dataset='coyo' has no knob {knob!r}"
+                + did_you_mean(knob, [*known, 'shards', 'on_error'])
+            )
     paths = list_shards(shards, split)
     return None if paths is None else CoyoDataset(paths, MultiHot(**knobs), on_error)

@@ -15,7 +15,13 @@ from braceexpand import braceexpand
 from webdataset.shardlists import expand_urls
 from ..core.settings import did_you_mean
 from ..formulas.formula import formula, formulas
-from .loading import DigitsDataset, FolderDataset, FormulaDataset, ImageDataset, as_images
+from fdsl_nb.data.loading import (
+    DigitsDataset,
+    FolderDataset,
+    FormulaDataset,
+    ImageDataset,
+    as_images,
+)
 from .shards import ArchiveDataset, BuiltDataset, ShardFiles, Stored, shard_paths
 from .streams import StreamedShards
 from .cifar import SOURCES, open_cifar
@@ -23,124 +29,193 @@ from .coyo import open_coyo
 
 # %% ../../nbs/data/08_datasets.ipynb #bcf2d296
 def find_stored(
-    name:str,             # a path or pattern
-    split:str='train',
-) -> tuple|None:          # (how to open it, with what); None if it is nothing stored
+    name: str,  # a path or pattern
+    split: str = 'train',
+) -> tuple | None:  # (how to open it, with what); None if it is nothing stored
     "What kind of stored data set a name is."
     path, text = Path(name), str(name)
     if path.is_dir():
-        for folder in (path/split, path):
-            if (folder/'manifest.json').is_file(): return BuiltDataset, folder
-            if folder.is_dir() and (shards := sorted(folder.glob('*.tar'))): return ShardFiles, shards
+        for folder in (path / split, path):
+            if (folder / 'manifest.json').is_file():
+                return BuiltDataset, folder
+            if folder.is_dir() and (shards := sorted(folder.glob('*.tar'))):
+                return ShardFiles, shards
         return None
-    if path.is_file() and (zipfile.is_zipfile(path) or path.suffix == '.tar'): return ArchiveDataset, path
-    if text.startswith('pipe:') or '://' in text: return StreamedShards, expand_urls(text)
-    return (ShardFiles, shard_paths(text)) if '.tar' in text and any(sign in text for sign in '{*') else None
+    if path.is_file() and (zipfile.is_zipfile(path) or path.suffix == '.tar'):
+        return ArchiveDataset, path
+    if text.startswith('pipe:') or '://' in text:
+        return StreamedShards, expand_urls(text)
+    return (
+        (ShardFiles, shard_paths(text))
+        if '.tar' in text and any(sign in text for sign in '{*')
+        else None
+    )
 
 # %% ../../nbs/data/08_datasets.ipynb #62421444
-def open_stored(name:str, split:str='train', on_error:str='raise') -> Stored|None:
+def open_stored(name: str, split: str = 'train', on_error: str = 'raise') -> Stored | None:
     "Opens what `find_stored` finds; None where it has no such split."
     found = find_stored(name, split)
-    if found is None: return None
+    if found is None:
+        return None
     kind, what = found
     if kind is ArchiveDataset:
-        try: return ArchiveDataset(what, split, on_error)
+        try:
+            return ArchiveDataset(what, split, on_error)
         except FileNotFoundError:
-            if split == 'train': raise
+            if split == 'train':
+                raise
             return None
-    if split != 'train' and what != Path(name)/split and (kind is not ShardFiles or Path(what[0]).parent != Path(name)/split): return None
-    if not what: raise FileNotFoundError(f'dataset={str(name)!r} names no file; check the pattern')
+    if (
+        split != 'train'
+        and what != Path(name) / split
+        and (kind is not ShardFiles or Path(what[0]).parent != Path(name) / split)
+    ):
+        return None
+    if not what:
+        raise FileNotFoundError(f'dataset={str(name)!r} names no file; check the pattern')
     return kind(what, on_error)
 
 # %% ../../nbs/data/08_datasets.ipynb #2b4b0500
-def _open_digits(split, data, **knobs): return DigitsDataset(split)
+def _open_digits(split, data, **knobs):
+    return DigitsDataset(split)
+
 
 def _open_cifar(name, split, data, **knobs):
     archive = Path(data).name in [source.filename for source in SOURCES.values()]
-    if data and not archive and (Path(data).is_file() or (Path(data)/'train').is_dir()): return open_dataset(data, split, **knobs)
+    if data and not archive and (Path(data).is_file() or (Path(data) / 'train').is_dir()):
+        return open_dataset(data, split, **knobs)
     return open_cifar(name, split, (Path(data).parent if archive else data) or None, **knobs)
 
+
 def _open_imagenet(split, data, **knobs):
-    if not data: raise FileNotFoundError('dataset=\'imagenet\' needs data: a folder or archive with train/CLASS/… and val/CLASS/…, for example -p data /datasets/imagenet')
+    if not data:
+        raise FileNotFoundError(
+            'dataset=\'imagenet\' needs data: a folder or archive with train/CLASS/… and val/CLASS/…, for example -p data /datasets/imagenet'
+        )
     return open_dataset(data, split, **knobs)
 
-def _open_coyo(split, data, **knobs): return open_coyo(split, **(dict(shards=data) if data else {}), **knobs)
 
-COLLECTIONS = dict(digits=_open_digits, cifar10=partial(_open_cifar, 'cifar10'), cifar100=partial(_open_cifar, 'cifar100'),
-    imagenet=_open_imagenet, coyo=_open_coyo)
+def _open_coyo(split, data, **knobs):
+    return open_coyo(split, **(dict(shards=data) if data else {}), **knobs)
+
+
+COLLECTIONS = dict(
+    digits=_open_digits,
+    cifar10=partial(_open_cifar, 'cifar10'),
+    cifar100=partial(_open_cifar, 'cifar100'),
+    imagenet=_open_imagenet,
+    coyo=_open_coyo,
+)
 
 # %% ../../nbs/data/08_datasets.ipynb #9e405f96
-GROUP = 'fdsl_nb.datasets'    # of the entry points
+GROUP = 'fdsl_nb.datasets'  # of the entry points
+
 
 @lru_cache
 def _entered() -> dict:
     "Name → entry point, the first on Python's path where there are several."
     return {e.name: e for e in reversed(entry_points(group=GROUP))}
 
+
 def known_collections() -> list:
     "Names of all collections: ours, then those of other packages."
     return list(COLLECTIONS | _entered())
 
+
 def opener(
-    name:str,             # one of `known_collections()`
+    name: str,  # one of `known_collections()`
 ):
     "The function that opens a collection; `ImportError` names the package whose module fails."
-    if name in COLLECTIONS: return COLLECTIONS[name]
+    if name in COLLECTIONS:
+        return COLLECTIONS[name]
     entry = _entered()[name]
-    try: return entry.load()
+    try:
+        return entry.load()
     except (ImportError, AttributeError) as e:
-        raise ImportError(f'dataset={name!r}: {entry.value} of the package {entry.dist.name} cannot be loaded ({e}); install that package anew, or remove it') from e
+        raise ImportError(
+            f'dataset={name!r}: {entry.value} of the package {entry.dist.name} cannot be loaded ({e}); install that package anew, or remove it'
+        ) from e
 
 # %% ../../nbs/data/08_datasets.ipynb #582de756
 def open_collection(
-    name:str,             # one of `known_collections()`
-    split:str='train',
-    data:str='',          # where its files are
-    **knobs,              # of the collection
-) -> ImageDataset|None:   # None where it has no such split
+    name: str,  # one of `known_collections()`
+    split: str = 'train',
+    data: str = '',  # where its files are
+    **knobs,  # of the collection
+) -> ImageDataset | None:  # None where it has no such split
     "Opens a collection by name; `TypeError` if another package's function gives no data set of classes."
     found = opener(name)(split, data, **knobs)
-    missing = [said for said in ('classes', 'label') if found is not None and not hasattr(found, said)]
-    if missing: raise TypeError(f'dataset={name!r}: {type(found).__name__} has no {missing[0]}; its package should give a data set with classes, a list of names, and label(i)')
+    missing = [
+        said for said in ('classes', 'label') if found is not None and not hasattr(found, said)
+    ]
+    if missing:
+        raise TypeError(
+            f'dataset={name!r}: {type(found).__name__} has no {missing[0]}; its package should give a data set with classes, a list of names, and label(i)'
+        )
     return None if found is None else as_images(found)
 
 # %% ../../nbs/data/08_datasets.ipynb #ff4ff42a
-def is_formula(name:str) -> bool:
+def is_formula(name: str) -> bool:
     "Is it a formula's name, or 'module:Class' of one?"
-    return name in formulas() or bool(re.fullmatch(r'[\w.]+:\w+', str(name))) and not Path(name).exists() and not str(name).startswith('pipe:')
+    return (
+        name in formulas()
+        or bool(re.fullmatch(r'[\w.]+:\w+', str(name)))
+        and not Path(name).exists()
+        and not str(name).startswith('pipe:')
+    )
+
 
 def open_dataset(
-    name:str,             # a formula's name, 'module:Class', a collection's name, or the path of a folder, archive or shards
-    split:str='train',    # train, val or test
-    data:str='',          # for a collection (cifar10, cifar100, coyo, imagenet): where its files are
-    **knobs,              # for a formula: its fields
-) -> ImageDataset|None:   # gives (Pillow image, L or RGB, class); None where the split does not exist
+    name: str,  # a formula's name, 'module:Class', a collection's name, or the path of a folder, archive or shards
+    split: str = 'train',  # train, val or test
+    data: str = '',  # for a collection (cifar10, cifar100, coyo, imagenet): where its files are
+    **knobs,  # for a formula: its fields
+) -> (
+    ImageDataset | None
+):  # gives (Pillow image, L or RGB, class); None where the split does not exist
     "Opens any data set; errors name the data set, the split or the knob, and the remedy."
     if is_formula(name):
         return FormulaDataset(formula(name, **knobs)) if split == 'train' else None
-    if name in known_collections(): return open_collection(name, split, data, **knobs)
-    if find_stored(name, split): return open_stored(name, split)
+    if name in known_collections():
+        return open_collection(name, split, data, **knobs)
+    if find_stored(name, split):
+        return open_stored(name, split)
     if Path(name).is_dir():
-        return None if split != 'train' and not (Path(name)/split).is_dir() else FolderDataset(name, split)
+        return (
+            None
+            if split != 'train' and not (Path(name) / split).is_dir()
+            else FolderDataset(name, split)
+        )
     near = did_you_mean(name, [*formulas(), *known_collections()])
     raise ValueError(f'dataset={name!r} is not known and is not a folder{near}')
 
 # %% ../../nbs/data/08_datasets.ipynb #4c7b8048
-MOST_SHARDS = 1_000_000     # that a pattern out of a file may name
+MOST_SHARDS = 1_000_000  # that a pattern out of a file may name
 
-def is_here(text:str) -> bool:
+
+def is_here(text: str) -> bool:
     "Does a path exist, or every path of a pattern? Never true of a command or an address."
-    if 'pipe:' in text or '://' in text: return False
+    if 'pipe:' in text or '://' in text:
+        return False
     try:
-        if Path(text).exists(): return bool(text)
-        if '*' in text: return any(Path(text).parent.glob(Path(text).name))
-        return '{' in text and all(n < MOST_SHARDS and Path(p).exists() for n, p in enumerate(braceexpand(text)))
-    except (OSError, ValueError): return False      # no path at all: too long, a NUL, half a brace
+        if Path(text).exists():
+            return bool(text)
+        if '*' in text:
+            return any(Path(text).parent.glob(Path(text).name))
+        return '{' in text and all(
+            n < MOST_SHARDS and Path(p).exists() for n, p in enumerate(braceexpand(text))
+        )
+    except (OSError, ValueError):
+        return False  # no path at all: too long, a NUL, half a brace
+
 
 def named_dataset(
-    name:str,             # as a file says it
-    place:str,            # which file, for the message
-) -> str:                 # the name
+    name: str,  # as a file says it
+    place: str,  # which file, for the message
+) -> str:  # the name
     "The name, if it is a registered formula, a named data set, or a path or pattern of files that exist; `ValueError` otherwise."
-    if isinstance(name, str) and (name in (*formulas(), *known_collections()) or is_here(name)): return name
-    raise ValueError(f'{place}: the data set {name!r} is not here, or is a command, an address or a class, which no file may name; say yourself which one is meant')
+    if isinstance(name, str) and (name in (*formulas(), *known_collections()) or is_here(name)):
+        return name
+    raise ValueError(
+        f'{place}: the data set {name!r} is not here, or is a command, an address or a class, which no file may name; say yourself which one is meant'
+    )

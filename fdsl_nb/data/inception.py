@@ -21,41 +21,56 @@ def _draw_size(height, width, area, ratio, pick):
     least, most = (share * height * width for share in area)
     shape = ratio[0] + pick(2**24) / 2**24 * (ratio[1] - ratio[0])
     low, high = round(math.sqrt(least / shape)), round(math.sqrt(most / shape))
-    while round(high * shape) > width: high -= 1
+    while round(high * shape) > width:
+        high -= 1
     high = min(high, height)
     h = min(low, high) + pick(max(high - low, 0) + 1)
-    if h * round(h * shape) < least: h += 1         # rounding may miss the allowed areas by a row
-    if h * round(h * shape) > most: h -= 1
+    if h * round(h * shape) < least:
+        h += 1  # rounding may miss the allowed areas by a row
+    if h * round(h * shape) > most:
+        h -= 1
     w = round(h * shape)
     return (h, w) if 0 < h <= height and 0 < w <= width and least <= h * w <= most else None
 
 # %% ../../nbs/data/02_inception.ipynb #b403f51c
 def crop_box(
-    height:int, width:int,# of the image, pixels
-    area:tuple=(0.05, 1.),# share of the image's area
-    ratio:tuple=(0.75, 1.33), # width / height
-    generator:torch.Generator=None, # torch's global one if None
-) -> tuple:               # (top, left, height, width)
+    height: int,
+    width: int,  # of the image, pixels
+    area: tuple = (0.05, 1.0),  # share of the image's area
+    ratio: tuple = (0.75, 1.33),  # width / height
+    generator: torch.Generator = None,  # torch's global one if None
+) -> tuple:  # (top, left, height, width)
     "A random crop as TensorFlow draws it (`sample_distorted_bounding_box`); the whole image where a hundred draws fail."
-    pick = lambda n: int(torch.randint(n, (1,), generator=generator))
+
+    def pick(n):
+        return int(torch.randint(n, (1,), generator=generator))
+
     for _ in range(100):
         size = _draw_size(height, width, area, ratio, pick)
-        if size: return *(pick(whole - part) if part < whole else 0 for whole, part in zip((height, width), size)), *size
+        if size:
+            return *(
+                pick(whole - part) if part < whole else 0
+                for whole, part in zip((height, width), size)
+            ), *size
     return 0, 0, height, width
 
 # %% ../../nbs/data/02_inception.ipynb #f96fbecb
 def pixels_of(
-    image:Image.Image,    # any mode
-) -> torch.Tensor:        # float32 [3, h, w], 0 … 255
+    image: Image.Image,  # any mode
+) -> torch.Tensor:  # float32 [3, h, w], 0 … 255
     "A picture's pixels in RGB."
     return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1).float()
 
+
 def bilinear(
-    pixels:torch.Tensor,  # float32 [3, h, w]
-    height:int, width:int,
-) -> torch.Tensor:        # float32 [3, height, width], not rounded
+    pixels: torch.Tensor,  # float32 [3, h, w]
+    height: int,
+    width: int,
+) -> torch.Tensor:  # float32 [3, height, width], not rounded
     "Bilinear resizing without antialiasing, pixel centres at halves, as `tf.image.resize` does it."
-    return F.interpolate(pixels[None], (height, width), mode='bilinear', align_corners=False, antialias=False)[0]
+    return F.interpolate(
+        pixels[None], (height, width), mode='bilinear', align_corners=False, antialias=False
+    )[0]
 
 # %% ../../nbs/data/02_inception.ipynb #bf2dba7a
 def _coverage(old, new):
@@ -63,130 +78,186 @@ def _coverage(old, new):
     inside = np.minimum(edges[1:, None], place + 1) - np.maximum(edges[:-1, None], place)
     return torch.from_numpy(inside.clip(0) * (new / old)).float()
 
+
 def area_resize(
-    pixels:torch.Tensor,  # float32 [3, h, w]
-    height:int, width:int,
-) -> torch.Tensor:        # float32 [3, height, width]
+    pixels: torch.Tensor,  # float32 [3, h, w]
+    height: int,
+    width: int,
+) -> torch.Tensor:  # float32 [3, height, width]
     "Each new pixel is the mean of the area it covers, as `tf.image.resize(method='area')` has it."
     return _coverage(pixels.shape[1], height) @ pixels @ _coverage(pixels.shape[2], width).T
 
 # %% ../../nbs/data/02_inception.ipynb #8e97a823
-def _normalise(pixels): return (pixels - 127.5) / 127.5
+def _normalise(pixels):
+    return (pixels - 127.5) / 127.5
+
 
 @dataclass(frozen=True)
 class InceptionView:
     "For training: `crop_box`, bilinear, flip. Chance from `generator`; from torch's global one, which `Augmented` seeds for each image, if None."
+
     image_size: int = 224
-    area: tuple = (0.05, 1.)
+    area: tuple = (0.05, 1.0)
     ratio: tuple = (0.75, 1.33)
     hflip: float = 0.5
     generator: torch.Generator = None
-    def __call__(self, image:Image.Image) -> torch.Tensor:
-        top, left, height, width = crop_box(image.height, image.width, self.area, self.ratio, self.generator)
-        view = bilinear(pixels_of(image.crop((left, top, left + width, top + height))), self.image_size, self.image_size)
-        return _normalise(view.flip(2) if torch.rand(1, generator=self.generator).item() < self.hflip else view)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        top, left, height, width = crop_box(
+            image.height, image.width, self.area, self.ratio, self.generator
+        )
+        view = bilinear(
+            pixels_of(image.crop((left, top, left + width, top + height))),
+            self.image_size,
+            self.image_size,
+        )
+        return _normalise(
+            view.flip(2) if torch.rand(1, generator=self.generator).item() < self.hflip else view
+        )
 
 # %% ../../nbs/data/02_inception.ipynb #97fc30c6
 @dataclass(frozen=True)
 class CentreView:
     "For measuring while pre-training: shorter side to `small` by area, then the centre. `ValueError` if `small` is too small."
+
     image_size: int = 224
     small: int = 256
+
     def __post_init__(self):
-        if self.small < self.image_size: raise ValueError(f'small={self.small} is less than image_size={self.image_size}; a centre needs something around it, e.g. {round(self.image_size * 8 / 7)}')
-    def __call__(self, image:Image.Image) -> torch.Tensor:
+        if self.small < self.image_size:
+            raise ValueError(
+                f'small={self.small} is less than image_size={self.image_size}; a centre needs something around it, e.g. {round(self.image_size * 8 / 7)}'
+            )
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
         sides = np.array([image.height, image.width], np.float32)
-        height, width = map(int, np.round(sides * (np.float32(self.small) / sides.min())))      # in float32, as published: one pixel may depend on it
+        height, width = map(
+            int, np.round(sides * (np.float32(self.small) / sides.min()))
+        )  # in float32, as published: one pixel may depend on it
         top, left = (height - self.image_size) // 2, (width - self.image_size) // 2
         view = area_resize(pixels_of(image), height, width)
-        return _normalise(view[:, top:top + self.image_size, left:left + self.image_size])
+        return _normalise(view[:, top : top + self.image_size, left : left + self.image_size])
+
 
 @dataclass(frozen=True)
 class SquashView:
     "For measuring after fine-tuning: the whole image, squashed."
+
     image_size: int = 384
-    def __call__(self, image:Image.Image) -> torch.Tensor: return _normalise(bilinear(pixels_of(image), self.image_size, self.image_size))
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return _normalise(bilinear(pixels_of(image), self.image_size, self.image_size))
 
 # %% ../../nbs/data/02_inception.ipynb #958f71aa
 def beta(
-    alpha:float,          # of Beta(alpha, alpha)
-    n:int,
-    generator:torch.Generator=None,
-) -> torch.Tensor:        # float32 [n], 0 … 1
+    alpha: float,  # of Beta(alpha, alpha)
+    n: int,
+    generator: torch.Generator = None,
+) -> torch.Tensor:  # float32 [n], 0 … 1
     "Numbers from a Beta distribution, by NumPy, seeded by torch's generator, which has none of its own for it."
     rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
     return torch.from_numpy(rng.beta(alpha, alpha, n)).float()
 
+
 def mixup_reversed(
-    images:torch.Tensor,  # float [b, 3, h, w]
-    targets:torch.Tensor, # float [b, classes]
-    weights:torch.Tensor, # [b], 0 … 1: what an image keeps of itself
-) -> tuple:               # images, targets
+    images: torch.Tensor,  # float [b, 3, h, w]
+    targets: torch.Tensor,  # float [b, classes]
+    weights: torch.Tensor,  # [b], 0 … 1: what an image keeps of itself
+) -> tuple:  # images, targets
     "Each image and target blended with its partner in the reversed batch."
     weights = weights.to(images)
-    blend = lambda x: x * (w := weights.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)) + x.flip(0) * (1 - w)
+
+    def blend(x):
+        return x * (w := weights.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)) + x.flip(0) * (1 - w)
+
     return blend(images), blend(targets)
 
 # %% ../../nbs/data/02_inception.ipynb #1021d769
 def cutmix_masks(
-    n:int, height:int, width:int,
-    alpha:float,
-    generator:torch.Generator=None,
-) -> torch.Tensor:        # bool [n, height, width], True where the partner shows
+    n: int,
+    height: int,
+    width: int,
+    alpha: float,
+    generator: torch.Generator = None,
+) -> torch.Tensor:  # bool [n, height, width], True where the partner shows
     "A rectangle for each image, sides √(1 - λ) of its own, centred anywhere and cut off at the edges."
     shrink = (1 - beta(alpha, n, generator)).sqrt()
+
     def along(side):
-        centre, half = torch.randint(side, (n, 1), generator=generator), (shrink * side).long()[:, None] // 2
+        centre, half = (
+            torch.randint(side, (n, 1), generator=generator),
+            (shrink * side).long()[:, None] // 2,
+        )
         place = torch.arange(side)
         return (place >= centre - half) & (place < centre + half)
+
     columns, rows = along(width), along(height)
     return rows[:, :, None] & columns[:, None, :]
 
 # %% ../../nbs/data/02_inception.ipynb #8722eefa
 def cutmix_reversed(
-    images:torch.Tensor,  # float [b, 3, h, w]
-    targets:torch.Tensor, # float [b, classes]
-    masks:torch.Tensor,   # bool [b, h, w]
-    batch_area:bool=False,# targets by the mean area of the batch, as published
-) -> tuple:               # images, targets
+    images: torch.Tensor,  # float [b, 3, h, w]
+    targets: torch.Tensor,  # float [b, classes]
+    masks: torch.Tensor,  # bool [b, h, w]
+    batch_area: bool = False,  # targets by the mean area of the batch, as published
+) -> tuple:  # images, targets
     "Each image with a rectangle of its partner in the reversed batch, its target by the area of the rectangle."
     masks = masks.to(images.device)
     share = masks.to(targets.dtype).mean((1, 2))[:, None]
-    if batch_area: share = share.mean()
-    return torch.where(masks[:, None], images.flip(0), images), targets * (1 - share) + targets.flip(0) * share
+    if batch_area:
+        share = share.mean()
+    return torch.where(masks[:, None], images.flip(0), images), targets * (
+        1 - share
+    ) + targets.flip(0) * share
 
 # %% ../../nbs/data/02_inception.ipynb #e0373fba
 def mix_reversed(
-    images:torch.Tensor,  # float [b, 3, h, w]
-    targets:torch.Tensor, # float [b, classes]
-    mixup:float=0.,       # alpha of the Beta distribution, 0 for none
-    cutmix:float=0.,      # likewise
-    generator:torch.Generator=None, # torch's global one if None; on the CPU
-    batch_area:bool=False,# see `cutmix_reversed`
-) -> tuple:               # images, targets
+    images: torch.Tensor,  # float [b, 3, h, w]
+    targets: torch.Tensor,  # float [b, classes]
+    mixup: float = 0.0,  # alpha of the Beta distribution, 0 for none
+    cutmix: float = 0.0,  # likewise
+    generator: torch.Generator = None,  # torch's global one if None; on the CPU
+    batch_area: bool = False,  # see `cutmix_reversed`
+) -> tuple:  # images, targets
     "Mixup, cutmix, or one for each half of the batch, with partners from the reverse (COYO-ViT's `mixing`)."
     cut = len(images) if not mixup else len(images) - len(images) // 2 if cutmix else 0
     parts = []
     if mixup:
-        x, y = images[:len(images) - cut], targets[:len(images) - cut]
+        x, y = images[: len(images) - cut], targets[: len(images) - cut]
         weights = beta(mixup, len(x), generator)
         parts.append(mixup_reversed(x, y, torch.maximum(weights, 1 - weights)))
     if cutmix:
-        x, y = images[len(images) - cut:], targets[len(images) - cut:]
-        parts.append(cutmix_reversed(x, y, cutmix_masks(len(x), *x.shape[2:], cutmix, generator), batch_area))
+        x, y = images[len(images) - cut :], targets[len(images) - cut :]
+        parts.append(
+            cutmix_reversed(x, y, cutmix_masks(len(x), *x.shape[2:], cutmix, generator), batch_area)
+        )
     return tuple(map(torch.cat, zip(*parts))) if parts else (images, targets)
 
 # %% ../../nbs/data/02_inception.ipynb #a050ec4d
 def reversed_mixer(
-    mixup:float, cutmix:float,
-    classes:int,          # width of the targets
-    seed:int=0,
-    batch_area:bool=False,
-) -> Callable|None:       # (images, labels or targets, step, part, on) → (images, targets [b, classes]); None if nothing is mixed
+    mixup: float,
+    cutmix: float,
+    classes: int,  # width of the targets
+    seed: int = 0,
+    batch_area: bool = False,
+) -> (
+    Callable | None
+):  # (images, labels or targets, step, part, on) → (images, targets [b, classes]); None if nothing is mixed
     "`mix_reversed`, its chance a function of (seed, step, part)."
-    if not (mixup or cutmix): return None
+    if not (mixup or cutmix):
+        return None
+
     def mixed(images, labels, step, part=0, on=True):
         targets = labels if labels.is_floating_point() else F.one_hot(labels, classes).float()
-        if not on: return images, targets
-        return mix_reversed(images, targets, mixup, cutmix, torch.Generator().manual_seed(seed_for(seed, MIX, step, part)), batch_area)
+        if not on:
+            return images, targets
+        return mix_reversed(
+            images,
+            targets,
+            mixup,
+            cutmix,
+            torch.Generator().manual_seed(seed_for(seed, MIX, step, part)),
+            batch_area,
+        )
+
     return mixed

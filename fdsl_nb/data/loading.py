@@ -26,15 +26,25 @@ from ..formulas.formula import Formula
 # %% ../../nbs/data/00_loading.ipynb #6a4d70bb
 class ImageDataset(Dataset):
     "Images by number: (Pillow image, L or RGB, class). A subclass sets `classes`, a list of names, and says `label(i)`."
-    multilabel = False    # is a label a float32 target [classes], for several classes an image?
-    def label(self, i:int): raise NotImplementedError(f'{type(self).__name__} says no label(i); give it one, the class number of image i')
-    def name(self, i:int) -> str:
+
+    multilabel = False  # is a label a float32 target [classes], for several classes an image?
+
+    def label(self, i: int):
+        raise NotImplementedError(
+            f'{type(self).__name__} says no label(i); give it one, the class number of image i'
+        )
+
+    def name(self, i: int) -> str:
         "The file name of image `i`; `ValueError` where images have none."
-        raise ValueError('labels=real needs images with file names; give a folder or an archive of the validation images')
-    def train_loader(self,
-        transform:Callable,   # Pillow image to tensor
-        batches:'EpochBatches', # says which images, in which order
-        workers:int=0,        # worker processes
+        raise ValueError(
+            'labels=real needs images with file names; give a folder or an archive of the validation images'
+        )
+
+    def train_loader(
+        self,
+        transform: Callable,  # Pillow image to tensor
+        batches: 'EpochBatches',  # says which images, in which order
+        workers: int = 0,  # worker processes
     ) -> DataLoader:
         "Batches of one process; shards in a stream bring their own."
         return train_loader(self, transform, batches, workers)
@@ -42,17 +52,25 @@ class ImageDataset(Dataset):
 # %% ../../nbs/data/00_loading.ipynb #05509bc6
 class Adapted(ImageDataset):
     "Somebody else's data set as an `ImageDataset`; what it has of one is used."
-    def __init__(self, images:Dataset):
+
+    def __init__(self, images: Dataset):
         self.images = images
         for known in ('classes', 'multilabel'):
-            if hasattr(images, known): setattr(self, known, getattr(images, known))
+            if hasattr(images, known):
+                setattr(self, known, getattr(images, known))
         for known in ('label', 'name', 'train_loader'):
-            if callable(getattr(images, known, None)): setattr(self, known, getattr(images, known))
-    def __len__(self): return len(self.images)
-    def __getitem__(self, i:int): return self.images[i]
+            if callable(getattr(images, known, None)):
+                setattr(self, known, getattr(images, known))
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i: int):
+        return self.images[i]
+
 
 def as_images(
-    images:Dataset,       # any, with `classes` and `label(i)` where those are asked for
+    images: Dataset,  # any, with `classes` and `label(i)` where those are asked for
 ) -> ImageDataset:
     "The data set itself, or wrapped if it is somebody else's."
     return images if isinstance(images, ImageDataset) else Adapted(images)
@@ -60,14 +78,24 @@ def as_images(
 # %% ../../nbs/data/00_loading.ipynb #7a225a09
 class FormulaDataset(ImageDataset):
     "A formula as a data set: image i is instance i % instances of class i // instances, drawn when asked for."
-    def __init__(self, formula:Formula):
+
+    def __init__(self, formula: Formula):
         self.formula, self.classes = formula, [f'{c:05d}' for c in range(formula.classes)]
         self.listed = 1 if formula.by_chance else formula.instances
-    def __len__(self): return self.formula.classes * self.listed
-    def label(self, i:int) -> int: return i // self.listed
-    def __getitem__(self, i:int):
+
+    def __len__(self):
+        return self.formula.classes * self.listed
+
+    def label(self, i: int) -> int:
+        return i // self.listed
+
+    def __getitem__(self, i: int):
         c, k = divmod(i, self.listed)
-        image = self.formula.random_view(c, random) if self.formula.by_chance else self.formula.render(c, k)
+        image = (
+            self.formula.random_view(c, random)
+            if self.formula.by_chance
+            else self.formula.render(c, k)
+        )
         return Image.fromarray(image), c
 
 # %% ../../nbs/data/00_loading.ipynb #53fc1b11
@@ -75,22 +103,37 @@ class FormulaDataset(ImageDataset):
 def _digits():
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
+
     data = load_digits()
     images = np.rint(data.images * (255 / 16)).astype(np.uint8)
-    rest, test = train_test_split(np.arange(len(images)), test_size=800, stratify=data.target, random_state=0)
+    rest, test = train_test_split(
+        np.arange(len(images)), test_size=800, stratify=data.target, random_state=0
+    )
     train, val = train_test_split(rest, test_size=200, stratify=data.target[rest], random_state=0)
     return images, data.target, dict(train=np.sort(train), val=np.sort(val), test=np.sort(test))
 
+
 class DigitsDataset(ImageDataset):
     "Real handwritten digits (UCI, as shipped with scikit-learn), 8 × 8 grey; splits train 797, val 200, test 800."
+
     classes = [str(d) for d in range(10)]
-    def __init__(self, split:str='train'):
+
+    def __init__(self, split: str = 'train'):
         images, labels, splits = _digits()
-        if split not in splits: raise ValueError(f'split={split!r} of digits is not known' + did_you_mean(split, splits))
+        if split not in splits:
+            raise ValueError(
+                f'split={split!r} of digits is not known' + did_you_mean(split, splits)
+            )
         self.images, self.labels = images[splits[split]], labels[splits[split]]
-    def __len__(self): return len(self.labels)
-    def label(self, i:int) -> int: return int(self.labels[i])
-    def __getitem__(self, i:int): return Image.fromarray(self.images[i]), int(self.labels[i])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def label(self, i: int) -> int:
+        return int(self.labels[i])
+
+    def __getitem__(self, i: int):
+        return Image.fromarray(self.images[i]), int(self.labels[i])
 
 # %% ../../nbs/data/00_loading.ipynb #a8311092
 def _read_picture(path):
@@ -98,89 +141,141 @@ def _read_picture(path):
     image.load()
     return image if image.mode in ('L', 'RGB') else image.convert('RGB')
 
+
 class FolderDataset(ImageDataset):
     "Pictures in `root/split/class/…`; `FileNotFoundError` or `ValueError` if there are no classes or no pictures."
-    def __init__(self, root:Path, split:str='train'):
-        folder = Path(root)/split
+
+    def __init__(self, root: Path, split: str = 'train'):
+        folder = Path(root) / split
         if not folder.is_dir():
             inside = sorted(p.name for p in Path(root).iterdir() if p.is_dir())
-            raise FileNotFoundError(f'data={str(root)!r} has no folder {split}/; arrange it as train/CLASS/…, val/CLASS/… (found: {", ".join(inside[:8]) or "no folders"})')
+            raise FileNotFoundError(
+                f'data={str(root)!r} has no folder {split}/; arrange it as train/CLASS/…, val/CLASS/… (found: {", ".join(inside[:8]) or "no folders"})'
+            )
         if not any(p.is_dir() for p in folder.iterdir()):
-            raise ValueError(f'data={str(folder)!r} has no class folders; arrange it as {split}/CLASS/picture.png')
-        try: self.files = ImageFolder(folder, loader=_read_picture)
-        except FileNotFoundError as e: raise ValueError(f'data={str(folder)!r}: a class has no pictures ({str(e)[:200]})') from None
+            raise ValueError(
+                f'data={str(folder)!r} has no class folders; arrange it as {split}/CLASS/picture.png'
+            )
+        try:
+            self.files = ImageFolder(folder, loader=_read_picture)
+        except FileNotFoundError as e:
+            raise ValueError(
+                f'data={str(folder)!r}: a class has no pictures ({str(e)[:200]})'
+            ) from None
         self.classes = self.files.classes
-    def __len__(self): return len(self.files)
-    def label(self, i:int) -> int: return self.files.targets[i]
-    def name(self, i:int) -> str: return self.files.samples[i][0]
-    def __getitem__(self, i:int): return self.files[i]
+
+    def __len__(self):
+        return len(self.files)
+
+    def label(self, i: int) -> int:
+        return self.files.targets[i]
+
+    def name(self, i: int) -> str:
+        return self.files.samples[i][0]
+
+    def __getitem__(self, i: int):
+        return self.files[i]
 
 # %% ../../nbs/data/00_loading.ipynb #06bdbcec
 @dataclass(frozen=True)
 class Draw:
     "One image to be shown: in which walk through the data, which image, which of its repeats."
+
     walk: int
     index: int
     repeat: int = 0
 
+
 @lru_cache(maxsize=4)
 def permutation(
-    n:int,                # how many
-    seed:int,
-    walk:int,             # number of the walk through the data
-) -> np.ndarray:          # int64 [n], a shuffle of 0 … n - 1
+    n: int,  # how many
+    seed: int,
+    walk: int,  # number of the walk through the data
+) -> np.ndarray:  # int64 [n], a shuffle of 0 … n - 1
     "The order of images in a walk: a function of (seed, walk)."
     return np.argsort(philox(seed, (SHUFFLE, walk, 0), n), kind='stable')
 
 # %% ../../nbs/data/00_loading.ipynb #019721cc
 class EpochBatches(Sampler):
     "Batches of `Draw`s for one process; set `.epoch` (and `.first`, a batch to start at) before iterating."
-    def __init__(self,
-        n:int,                # images in the data set
-        batch:int,            # images in a global batch, over all processes
-        seed:int=0,
-        rank:int=0, world:int=1,
-        repeats:int=1,        # times an image appears in a row (repeated augmentation)
-        images:int=None,      # images an epoch, with repeats; n, of a new walk each epoch, if None
+
+    def __init__(
+        self,
+        n: int,  # images in the data set
+        batch: int,  # images in a global batch, over all processes
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        repeats: int = 1,  # times an image appears in a row (repeated augmentation)
+        images: int = None,  # images an epoch, with repeats; n, of a new walk each epoch, if None
     ):
-        if batch % world: raise ValueError(f'batch={batch} does not divide among {world} processes; choose a multiple')
-        self.n, self.batch, self.seed, self.rank, self.world, self.repeats = n, batch, seed, rank, world, repeats
+        if batch % world:
+            raise ValueError(
+                f'batch={batch} does not divide among {world} processes; choose a multiple'
+            )
+        self.n, self.batch, self.seed, self.rank, self.world, self.repeats = (
+            n,
+            batch,
+            seed,
+            rank,
+            world,
+            repeats,
+        )
         self.walk, self.images, self.epoch, self.first = n * repeats, images or n, 0, 0
-        self.stride, self.steps = images or self.walk, self.images // batch     # draws from epoch to epoch, batches an epoch
-        if not self.steps: raise ValueError(f'batch={batch} is larger than the {self.images} images of an epoch; choose a smaller batch')
-    def __len__(self): return self.steps - self.first
+        self.stride, self.steps = (
+            images or self.walk,
+            self.images // batch,
+        )  # draws from epoch to epoch, batches an epoch
+        if not self.steps:
+            raise ValueError(
+                f'batch={batch} is larger than the {self.images} images of an epoch; choose a smaller batch'
+            )
+
+    def __len__(self):
+        return self.steps - self.first
 
 # %% ../../nbs/data/00_loading.ipynb #ac16df13
 @patch
-def draw(self:EpochBatches,
-    place:int,            # in the endless sequence
+def draw(
+    self: EpochBatches,
+    place: int,  # in the endless sequence
 ) -> Draw:
     "The image shown at a place of the sequence."
     walk, place = divmod(place, self.walk)
     image, repeat = divmod(place, self.repeats)
     return Draw(walk, int(permutation(self.n, self.seed, walk)[image]), repeat)
 
+
 @patch
-def __iter__(self:EpochBatches):
+def __iter__(self: EpochBatches):
     start = self.epoch * self.stride
     for b in range(self.first, self.steps):
-        yield [self.draw(start + place) for place in range(b * self.batch + self.rank, (b + 1) * self.batch, self.world)]
+        yield [
+            self.draw(start + place)
+            for place in range(b * self.batch + self.rank, (b + 1) * self.batch, self.world)
+        ]
 
 # %% ../../nbs/data/00_loading.ipynb #62a99457
-_LENT = []    # NumPy generators that have been lent before
+_LENT = []  # NumPy generators that have been lent before
+
 
 @contextmanager
 def seeded(
-    seed:int,             # 0 … 2**63 - 1
+    seed: int,  # 0 … 2**63 - 1
 ):
     "Inside the block Python's, NumPy's and torch's global generators start from `seed`; afterwards they are as before."
     torch_generator = torch.random.default_generator
-    states, own, lent = (random.getstate(), torch_generator.get_state()), np.random.get_bit_generator(), _LENT.pop() if _LENT else np.random.MT19937()
+    states, own, lent = (
+        (random.getstate(), torch_generator.get_state()),
+        np.random.get_bit_generator(),
+        _LENT.pop() if _LENT else np.random.MT19937(),
+    )
     np.random.set_bit_generator(lent)
     random.seed(seed)
     np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
     torch_generator.manual_seed(seed)
-    try: yield
+    try:
+        yield
     finally:
         random.setstate(states[0])
         torch_generator.set_state(states[1])
@@ -190,74 +285,107 @@ def seeded(
 # %% ../../nbs/data/00_loading.ipynb #9611cb0f
 class Augmented(Dataset):
     "A data set seen through a random transform whose chance comes from (seed, walk, image, repeat); indexed by `Draw`s."
-    def __init__(self, images:Dataset, transform:Callable, seed:int=0, repeats:int=1):
+
+    def __init__(self, images: Dataset, transform: Callable, seed: int = 0, repeats: int = 1):
         self.images, self.transform, self.seed, self.repeats = images, transform, seed, repeats
-    def __len__(self): return len(self.images)
-    def __getitem__(self, draw:Draw):
-        with seeded(seed_for(self.seed, AUGMENT, draw.walk, draw.index * self.repeats + draw.repeat)):
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, draw: Draw):
+        with seeded(
+            seed_for(self.seed, AUGMENT, draw.walk, draw.index * self.repeats + draw.repeat)
+        ):
             image, label = self.images[draw.index]
             return self.transform(image), label
 
 # %% ../../nbs/data/00_loading.ipynb #18d74173
 class Part(ImageDataset):
     "Some images of a data set, by their numbers."
-    def __init__(self, images:Dataset, numbers):
+
+    def __init__(self, images: Dataset, numbers):
         self.images, self.numbers = as_images(images), numbers
         self.classes, self.multilabel = self.images.classes, self.images.multilabel
-    def __len__(self): return len(self.numbers)
-    def label(self, i:int): return self.images.label(int(self.numbers[i]))
-    def name(self, i:int) -> str: return self.images.name(int(self.numbers[i]))
-    def __getitem__(self, i:int): return self.images[int(self.numbers[i])]
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def label(self, i: int):
+        return self.images.label(int(self.numbers[i]))
+
+    def name(self, i: int) -> str:
+        return self.images.name(int(self.numbers[i]))
+
+    def __getitem__(self, i: int):
+        return self.images[int(self.numbers[i])]
+
 
 def held_out(
-    labels:np.ndarray,    # int [n], the training images' classes
-    share:float=0.1,      # of every class
-) -> np.ndarray:          # bool [n], true for images to choose by
+    labels: np.ndarray,  # int [n], the training images' classes
+    share: float = 0.1,  # of every class
+) -> np.ndarray:  # bool [n], true for images to choose by
     "A share of each class, drawn by lot: a function of the labels alone."
     chosen = np.zeros(len(labels), bool)
     for c in np.unique(labels):
         members = np.flatnonzero(labels == c)
         lots = np.argsort(philox(0, (SHUFFLE, int(c), 0), len(members)), kind='stable')
-        chosen[members[lots[:round(share * len(members))]]] = True
+        chosen[members[lots[: round(share * len(members))]]] = True
     return chosen
 
 # %% ../../nbs/data/00_loading.ipynb #2cd509f9
 def hold_out(
-    images:Dataset,
-    share:float,          # of each class, 0 … 1
-) -> tuple:               # (the rest, those set aside)
+    images: Dataset,
+    share: float,  # of each class, 0 … 1
+) -> tuple:  # (the rest, those set aside)
     "Divides a data set by class, always alike; `ValueError` if a side would be empty."
-    if not 0 < share < 1: raise ValueError(f'hold_out={share} should be between 0 and 1, for example 0.1')
+    if not 0 < share < 1:
+        raise ValueError(f'hold_out={share} should be between 0 and 1, for example 0.1')
     aside = held_out(np.array([images.label(i) for i in range(len(images))]), share)
-    if aside.all() or not aside.any(): raise ValueError(f'hold_out={share} of {len(images)} images leaves one side empty; choose another share')
+    if aside.all() or not aside.any():
+        raise ValueError(
+            f'hold_out={share} of {len(images)} images leaves one side empty; choose another share'
+        )
     return Part(images, np.flatnonzero(~aside)), Part(images, np.flatnonzero(aside))
 
 # %% ../../nbs/data/00_loading.ipynb #f40c1338
 def train_loader(
-    images:Dataset,
-    transform:Callable,   # Pillow image to tensor
-    batches:EpochBatches, # says which images, in which order
-    workers:int=0,        # worker processes
+    images: Dataset,
+    transform: Callable,  # Pillow image to tensor
+    batches: EpochBatches,  # says which images, in which order
+    workers: int = 0,  # worker processes
 ) -> DataLoader:
     "Batches (float32 [b, 3, h, w], int64 [b]) of one process; what they hold does not depend on `workers`."
     dataset = Augmented(images, transform, batches.seed, batches.repeats)
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+
 
 class Transformed(Dataset):
     "A part of a data set seen through a fixed transform."
-    def __init__(self, images:Dataset, transform:Callable, indices): self.images, self.transform, self.indices = images, transform, indices
-    def __len__(self): return len(self.indices)
-    def __getitem__(self, i:int):
+
+    def __init__(self, images: Dataset, transform: Callable, indices):
+        self.images, self.transform, self.indices = images, transform, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i: int):
         image, label = self.images[self.indices[i]]
         return self.transform(image), label
 
 # %% ../../nbs/data/00_loading.ipynb #cc784dd6
 def eval_loader(
-    images:Dataset,
-    transform:Callable,   # Pillow image to tensor, without chance
-    batch:int,            # images a batch of this process
-    rank:int=0, world:int=1,
-    workers:int=0,
+    images: Dataset,
+    transform: Callable,  # Pillow image to tensor, without chance
+    batch: int,  # images a batch of this process
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
 ) -> DataLoader:
     "Every image of the split once: this process's share is images rank, rank + world, …, without padding."
     part = Transformed(images, transform, range(rank, len(images), world))

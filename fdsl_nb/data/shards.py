@@ -24,11 +24,12 @@ from ..formulas.formula import described_formula
 from .loading import ImageDataset
 
 # %% ../../nbs/data/04_shards.ipynb #db53101a
-FORMATS = dict(png='png', zstd='npy.zst')       # name → what follows the first dot of a file's name
+FORMATS = dict(png='png', zstd='npy.zst')  # name → what follows the first dot of a file's name
+
 
 def encode(
-    image:np.ndarray,     # uint8 [h, w] or [h, w, 3]
-    format:str='png',     # png or zstd
+    image: np.ndarray,  # uint8 [h, w] or [h, w, 3]
+    format: str = 'png',  # png or zstd
 ) -> bytes:
     "The image as 8-bit PNG (level 1), or as `.npy` compressed by zstd (level 1, with a checksum)."
     buffer = io.BytesIO()
@@ -40,122 +41,208 @@ def encode(
 
 # %% ../../nbs/data/04_shards.ipynb #ebb7c336
 def _check_png(data):
-    place = 8                                   # after the signature: length, kind, content, CRC-32, again and again
+    place = 8  # after the signature: length, kind, content, CRC-32, again and again
     while place < len(data):
-        end = place + 8 + int.from_bytes(data[place:place + 4])
-        if zlib.crc32(data[place + 4:end]) != int.from_bytes(data[end:end + 4]): raise ValueError(f'checksum of the piece at byte {place} does not fit')
+        end = place + 8 + int.from_bytes(data[place : place + 4])
+        if zlib.crc32(data[place + 4 : end]) != int.from_bytes(data[end : end + 4]):
+            raise ValueError(f'checksum of the piece at byte {place} does not fit')
         place = end + 4
 
+
 def decode(
-    data:bytes,
-    name:str,             # for the format and for the message
-) -> Image.Image:         # L or RGB
+    data: bytes,
+    name: str,  # for the format and for the message
+) -> Image.Image:  # L or RGB
     "The picture in `data`; `ValueError` names it if it cannot be read or its checksum does not fit."
     try:
-        if name.endswith('.npy.zst'): return Image.fromarray(np.load(io.BytesIO(zstandard.decompress(data))))
-        if data[:4] == b'\x89PNG': _check_png(data)
+        if name.endswith('.npy.zst'):
+            return Image.fromarray(np.load(io.BytesIO(zstandard.decompress(data))))
+        if data[:4] == b'\x89PNG':
+            _check_png(data)
         image = Image.open(io.BytesIO(data))
         image.load()
         return image if image.mode in ('L', 'RGB') else image.convert('RGB')
-    except Exception as e: raise ValueError(f'{name} is damaged ({type(e).__name__}: {str(e)[:100]}); copy or build it anew, or read on with on_error="skip"') from None
+    except Exception as e:
+        raise ValueError(
+            f'{name} is damaged ({type(e).__name__}: {str(e)[:100]}); copy or build it anew, or read on with on_error="skip"'
+        ) from None
 
 # %% ../../nbs/data/04_shards.ipynb #7a70dd54
 def tar_index(
     path,
-) -> list:                # (name, first byte, bytes) of each file
+) -> list:  # (name, first byte, bytes) of each file
     "Where the files of a tar are; `ValueError` if it is compressed, damaged or does not go on to its end mark."
     try:
         with tarfile.open(path, 'r:') as tar:
             found = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
             tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512) != bytes(512): raise tarfile.ReadError(f'nothing readable at byte {tar.offset}')    # tarfile alone would take this for the end
+            if tar.fileobj.read(512) != bytes(512):
+                raise tarfile.ReadError(
+                    f'nothing readable at byte {tar.offset}'
+                )  # tarfile alone would take this for the end
             return found
     except tarfile.TarError as e:
-        with open(path, 'rb') as f: packed = f.read(4).startswith((b'\x1f\x8b', b'BZh', b'\xfd7zX', b'(\xb5/\xfd'))      # gzip, bzip2, xz, Zstandard
-        if packed: raise ValueError(f'{path} is compressed, which leaves no random access: unpack it, or pack it anew without compression') from None
-        raise ValueError(f'{path} is cut off, damaged or no tar ({e}); copy it anew, or leave it out') from None
+        with open(path, 'rb') as f:
+            packed = f.read(4).startswith(
+                (b'\x1f\x8b', b'BZh', b'\xfd7zX', b'(\xb5/\xfd')
+            )  # gzip, bzip2, xz, Zstandard
+        if packed:
+            raise ValueError(
+                f'{path} is compressed, which leaves no random access: unpack it, or pack it anew without compression'
+            ) from None
+        raise ValueError(
+            f'{path} is cut off, damaged or no tar ({e}); copy it anew, or leave it out'
+        ) from None
 
 # %% ../../nbs/data/04_shards.ipynb #3aa3a3d7
 def zip_index(
     path,
-) -> list:                # (name, place of its header, bytes, method, CRC-32) of each file
+) -> list:  # (name, place of its header, bytes, method, CRC-32) of each file
     "Where the files of a zip are; `ValueError` if it cannot be read."
     try:
-        with zipfile.ZipFile(path) as z: return [(i.filename, i.header_offset, i.compress_size, i.compress_type, i.CRC) for i in z.infolist() if not i.is_dir()]
-    except zipfile.BadZipFile as e: raise ValueError(f'{path} is not a whole zip ({e}); copy it anew') from None
+        with zipfile.ZipFile(path) as z:
+            return [
+                (i.filename, i.header_offset, i.compress_size, i.compress_type, i.CRC)
+                for i in z.infolist()
+                if not i.is_dir()
+            ]
+    except zipfile.BadZipFile as e:
+        raise ValueError(f'{path} is not a whole zip ({e}); copy it anew') from None
 
 # %% ../../nbs/data/04_shards.ipynb #c579b00e
-def read_at(path, first:int, size:int) -> bytes:
+def read_at(path, first: int, size: int) -> bytes:
     "`size` bytes of a file; `ValueError` if it ends before."
-    if first < 0 or size < 0: raise ValueError(f'{path}: {size} bytes from byte {first} on are no place in a file; its index is damaged: delete the index, or copy it anew')
+    if first < 0 or size < 0:
+        raise ValueError(
+            f'{path}: {size} bytes from byte {first} on are no place in a file; its index is damaged: delete the index, or copy it anew'
+        )
     with open(path, 'rb') as f:
         f.seek(first)
         data = f.read(size)
-    if len(data) < size: raise ValueError(f'{path} ends at byte {first + len(data)}, {size - len(data)} too early; copy or build it anew')
+    if len(data) < size:
+        raise ValueError(
+            f'{path} ends at byte {first + len(data)}, {size - len(data)} too early; copy or build it anew'
+        )
     return data
+
 
 def _read_zip(path, first, size, method, crc):
     header = read_at(path, first, 30)
-    packed = read_at(path, first + 30 + int.from_bytes(header[26:28], 'little') + int.from_bytes(header[28:30], 'little'), size)
-    if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): raise ValueError(f'{path} uses compression method {method}; pack it anew with deflate or none')
+    packed = read_at(
+        path,
+        first
+        + 30
+        + int.from_bytes(header[26:28], 'little')
+        + int.from_bytes(header[28:30], 'little'),
+        size,
+    )
+    if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(
+            f'{path} uses compression method {method}; pack it anew with deflate or none'
+        )
     data = packed if method == zipfile.ZIP_STORED else zlib.decompress(packed, -15)
-    if zlib.crc32(data) != crc: raise ValueError(f'{path}: the checksum of the file at byte {first} does not fit; copy it anew')
+    if zlib.crc32(data) != crc:
+        raise ValueError(
+            f'{path}: the checksum of the file at byte {first} does not fit; copy it anew'
+        )
     return data
 
 # %% ../../nbs/data/04_shards.ipynb #e3f9514a
 PICTURES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.ppm', '.tif', '.tiff', '.npy.zst')
 SPLITS = ('train', 'val', 'test')
 
+
 def sort_pictures(
-    names:list,           # paths inside an archive
-    split:str,
-    archive:str='archive',# for messages
-) -> tuple|None:          # class names; for each picture kept, (its place in `names`, its class number)
+    names: list,  # paths inside an archive
+    split: str,
+    archive: str = 'archive',  # for messages
+) -> tuple | None:  # class names; for each picture kept, (its place in `names`, its class number)
     "Which files are pictures of a split, and of which class; None if other splits are there and this is not. `ValueError` for a path that leads outside."
-    rows = [(n, PurePosixPath(name).parts) for n, name in enumerate(names) if name.lower().endswith(PICTURES)]
+    rows = [
+        (n, PurePosixPath(name).parts)
+        for n, name in enumerate(names)
+        if name.lower().endswith(PICTURES)
+    ]
     for n, parts in rows:
-        for part in parts: path_part(part, f'{archive}, member {names[n]!r}')
-    rows = [(n, parts) for n, parts in rows if len(parts) > 1 and not any(p.startswith(('.', '__MACOSX')) for p in parts)]
+        for part in parts:
+            path_part(part, f'{archive}, member {names[n]!r}')
+    rows = [
+        (n, parts)
+        for n, parts in rows
+        if len(parts) > 1 and not any(p.startswith(('.', '__MACOSX')) for p in parts)
+    ]
     divided = any(set(SPLITS) & set(parts[:-2]) for _, parts in rows)
-    if divided or split != 'train': rows = [(n, parts) for n, parts in rows if split in parts[:-2]]
+    if divided or split != 'train':
+        rows = [(n, parts) for n, parts in rows if split in parts[:-2]]
     classes = sorted({parts[-2] for _, parts in rows})
     number = {name: c for c, name in enumerate(classes)}
-    return (classes, [(n, number[parts[-2]]) for n, parts in sorted(rows, key=lambda row: row[1])]) if rows else None
+    return (
+        (classes, [(n, number[parts[-2]]) for n, parts in sorted(rows, key=lambda row: row[1])])
+        if rows
+        else None
+    )
 
 # %% ../../nbs/data/04_shards.ipynb #9a417d69
 def check_choice(on_error):
     "`on_error`, if it is raise or skip."
-    if on_error not in ('raise', 'skip'): raise ValueError(f'on_error={on_error!r} is not known' + did_you_mean(on_error, ('raise', 'skip')))
+    if on_error not in ('raise', 'skip'):
+        raise ValueError(
+            f'on_error={on_error!r} is not known' + did_you_mean(on_error, ('raise', 'skip'))
+        )
     return on_error
+
 
 class Stored(ImageDataset):
     "Stored pictures by number: a subclass says `name(i)`, `read(i)`, `label(i)`. `.skipped` counts damaged ones, over all workers."
-    def __init__(self, on_error:str='raise'): self.on_error, self.skipped = check_choice(on_error), torch.zeros(1, dtype=torch.int64).share_memory_()
-    def __getitem__(self, i:int):
-        if not 0 <= i < len(self): raise IndexError(f'image {i} is not in 0 … {len(self) - 1}')
+
+    def __init__(self, on_error: str = 'raise'):
+        self.on_error, self.skipped = (
+            check_choice(on_error),
+            torch.zeros(1, dtype=torch.int64).share_memory_(),
+        )
+
+    def __getitem__(self, i: int):
+        if not 0 <= i < len(self):
+            raise IndexError(f'image {i} is not in 0 … {len(self) - 1}')
         for j in ((i + step) % len(self) for step in range(len(self))):
-            try: return decode(self.read(j), self.name(j)), self.label(j)
+            try:
+                return decode(self.read(j), self.name(j)), self.label(j)
             except (OSError, ValueError) as e:
-                if self.on_error == 'raise': raise
+                if self.on_error == 'raise':
+                    raise
                 self.skipped += 1
                 warnings.warn(f'skipped: {e}')
-        raise ValueError(f'{self.name(i)} and all other pictures are damaged; copy or build the data set anew')
+        raise ValueError(
+            f'{self.name(i)} and all other pictures are damaged; copy or build the data set anew'
+        )
 
 # %% ../../nbs/data/04_shards.ipynb #65d67b65
 class ArchiveDataset(Stored):
     "A folder of pictures inside a .zip or .tar, read where it is; `FileNotFoundError` if the archive has no such split."
-    def __init__(self, path:Path, split:str='train', on_error:str='raise'):
+
+    def __init__(self, path: Path, split: str = 'train', on_error: str = 'raise'):
         super().__init__(on_error)
         self.path, self.zipped = Path(path), zipfile.is_zipfile(path)
         files = zip_index(path) if self.zipped else tar_index(path)
         found = sort_pictures([f[0] for f in files], split, str(path))
-        if found is None: raise FileNotFoundError(f'data={str(path)!r} holds no pictures of {split}/; arrange it as CLASS/picture.png or {split}/CLASS/picture.png')
+        if found is None:
+            raise FileNotFoundError(
+                f'data={str(path)!r} holds no pictures of {split}/; arrange it as CLASS/picture.png or {split}/CLASS/picture.png'
+            )
         self.classes, kept = found
         self.files, self.labels = [files[n] for n, _ in kept], np.array([c for _, c in kept])
-    def __len__(self): return len(self.files)
-    def label(self, i:int) -> int: return int(self.labels[i])
-    def name(self, i:int) -> str: return f'{self.path.name}/{self.files[i][0]}'
-    def read(self, i:int) -> bytes: return (_read_zip if self.zipped else read_at)(self.path, *self.files[i][1:])
+
+    def __len__(self):
+        return len(self.files)
+
+    def label(self, i: int) -> int:
+        return int(self.labels[i])
+
+    def name(self, i: int) -> str:
+        return f'{self.path.name}/{self.files[i][0]}'
+
+    def read(self, i: int) -> bytes:
+        return (_read_zip if self.zipped else read_at)(self.path, *self.files[i][1:])
 
 # %% ../../nbs/data/04_shards.ipynb #8b9933df
 @njit(cache=True, nogil=True)
@@ -170,72 +257,102 @@ def _stir(xs, n, keys, half):
                 mixed = (mixed ^ mixed >> uint64(33)) * uint64(0xC4CEB9FE1A85EC53)
                 left, right = right, left ^ (mixed ^ mixed >> uint64(33)) & mask
             x = right << uint64(half) | left
-            if x < uint64(n): break
+            if x < uint64(n):
+                break
         xs[i] = x
+
 
 @dataclass(frozen=True)
 class Shuffle:
     "A permutation of 0 … n - 1, a function of (n, seed), computed where it is asked for."
+
     n: int
     seed: int = 0
+
     @cached_property
-    def keys(self): return philox(self.seed, (SHUFFLE, 2**32 - 1, 0), 8).astype(np.uint64)
+    def keys(self):
+        return philox(self.seed, (SHUFFLE, 2**32 - 1, 0), 8).astype(np.uint64)
+
     def _run(self, xs, keys):
         out = np.array(xs, np.uint64).reshape(-1)
         _stir(out, self.n, keys, max(1, ((self.n - 1).bit_length() + 1) // 2))
         return out.astype(np.int64)
-    def image(self, places) -> np.ndarray: return self._run(places, self.keys)
-    def place(self, images) -> np.ndarray: return self._run(images, self.keys[::-1].copy())
+
+    def image(self, places) -> np.ndarray:
+        return self._run(places, self.keys)
+
+    def place(self, images) -> np.ndarray:
+        return self._run(images, self.keys[::-1].copy())
 
 # %% ../../nbs/data/04_shards.ipynb #609038c9
 LAYOUTS = ('plain', 'published', 'shards')
 
+
 @dataclass(frozen=True)
 class Plan:
     "How a data set is arranged on disk; builders and readers both compute from it."
-    layout: str           # plain, published or shards
-    format: str           # png or zstd
-    classes: int          # how many
-    instances: int|tuple  # images of each class; a tuple where they differ
-    names: tuple = ()     # of the classes; numbers of five digits if empty
-    shard_images: int = 0 # images of a shard, for shards
-    seed: int = 0         # of the shuffle, for shards
-    spec: str = ''        # of the formula, as JSON, for published names
-    def __post_init__(self): _check_plan(self)
 
-def _is_count(value, least=0): return type(value) is int and value >= least
+    layout: str  # plain, published or shards
+    format: str  # png or zstd
+    classes: int  # how many
+    instances: int | tuple  # images of each class; a tuple where they differ
+    names: tuple = ()  # of the classes; numbers of five digits if empty
+    shard_images: int = 0  # images of a shard, for shards
+    seed: int = 0  # of the shuffle, for shards
+    spec: str = ''  # of the formula, as JSON, for published names
+
+    def __post_init__(self):
+        _check_plan(self)
+
+
+def _is_count(value, least=0):
+    return type(value) is int and value >= least
+
 
 def _check_plan(plan):
     "`ValueError` for anything that is no plan: one may come from a file, and decides what is written where."
+
     def require(holds, name):
-        if not holds: raise ValueError(f'plan: {name}={getattr(plan, name)!r} makes no plan of {plan.classes!r} classes; do not trust that file, or build anew')
+        if not holds:
+            raise ValueError(
+                f'plan: {name}={getattr(plan, name)!r} makes no plan of {plan.classes!r} classes; do not trust that file, or build anew'
+            )
+
     require(plan.layout in LAYOUTS, 'layout')
     require(plan.format in FORMATS, 'format')
     require(_is_count(plan.classes, 1), 'classes')
     each = plan.instances if isinstance(plan.instances, tuple) else (plan.instances,) * plan.classes
     require(len(each) == plan.classes and all(map(_is_count, each)) and any(each), 'instances')
-    require(isinstance(plan.names, tuple) and len(plan.names) in (0, plan.classes) and len({path_part(name, 'plan: names') for name in plan.names}) == len(plan.names), 'names')
+    require(
+        isinstance(plan.names, tuple)
+        and len(plan.names) in (0, plan.classes)
+        and len({path_part(name, 'plan: names') for name in plan.names}) == len(plan.names),
+        'names',
+    )
     require(_is_count(plan.shard_images, int(plan.layout == 'shards')), 'shard_images')
     require(_is_count(plan.seed), 'seed')
     require(isinstance(plan.spec, str), 'spec')
 
-
 # %% ../../nbs/data/04_shards.ipynb #f91847cc
 @patch(as_prop=True)
-def starts(self:Plan) -> np.ndarray:
+def starts(self: Plan) -> np.ndarray:
     "int64 [classes + 1]: the number of each class's first image, then the number of images."
     if '_starts' not in self.__dict__:
         each = np.broadcast_to(np.asarray(self.instances, np.int64), self.classes)
         self.__dict__['_starts'] = np.concatenate([[0], np.cumsum(each)])
     return self.__dict__['_starts']
 
-@patch
-def __len__(self:Plan): return int(self.starts[-1])
 
 @patch
-def address(self:Plan, i:int) -> tuple:
+def __len__(self: Plan):
+    return int(self.starts[-1])
+
+
+@patch
+def address(self: Plan, i: int) -> tuple:
     "(class, instance) of image `i`; `IndexError` outside."
-    if not 0 <= i < len(self): raise IndexError(f'image {i} is not in 0 … {len(self) - 1}')
+    if not 0 <= i < len(self):
+        raise IndexError(f'image {i} is not in 0 … {len(self) - 1}')
     c = int(np.searchsorted(self.starts, i, 'right')) - 1
     return c, int(i - self.starts[c])
 
@@ -243,120 +360,201 @@ def address(self:Plan, i:int) -> tuple:
 @lru_cache(8)
 def _named_formula(spec):
     # names do not depend on where categories came from, and that file may be gone
-    return described_formula({k: v for k, v in json.loads(spec).items() if k != 'categories'}, 'plan.spec of manifest.json')
+    return described_formula(
+        {k: v for k, v in json.loads(spec).items() if k != 'categories'},
+        'plan.spec of manifest.json',
+    )
+
 
 @patch
-def file(self:Plan, i:int) -> str:
+def file(self: Plan, i: int) -> str:
     "The file of image `i` in a folder layout; in a shard, its key without the suffix."
     c, k = self.address(i)
-    if self.layout == 'published': return _named_formula(self.spec).published_file(c, k)
-    if self.layout == 'shards': return f'{c:05d}_{k:04d}'
+    if self.layout == 'published':
+        return _named_formula(self.spec).published_file(c, k)
+    if self.layout == 'shards':
+        return f'{c:05d}_{k:04d}'
     name = self.names[c] if self.names else f'{c:05d}'
     return f'{name}/{name}_{k:04d}.{FORMATS[self.format]}'
 
 # %% ../../nbs/data/04_shards.ipynb #af5a5bfc
 @patch(as_prop=True)
-def parts(self:Plan) -> int:
+def parts(self: Plan) -> int:
     "How many shards, or class folders."
     return -(-len(self) // self.shard_images) if self.layout == 'shards' else self.classes
 
-@patch
-def part(self:Plan, p:int) -> str:
-    "The name of part `p`."
-    if self.layout == 'shards': return f'SHARDS-{p:06d}.tar'
-    return str(PurePosixPath(self.file(int(self.starts[p]))).parent) if self.starts[p] < self.starts[p + 1] else f'{p:05d}'
 
 @patch
-def places(self:Plan, p:int) -> range:
+def part(self: Plan, p: int) -> str:
+    "The name of part `p`."
+    if self.layout == 'shards':
+        return f'SHARDS-{p:06d}.tar'
+    return (
+        str(PurePosixPath(self.file(int(self.starts[p]))).parent)
+        if self.starts[p] < self.starts[p + 1]
+        else f'{p:05d}'
+    )
+
+
+@patch
+def places(self: Plan, p: int) -> range:
     "Part `p` as a stretch of the row of all stored images."
-    if self.layout != 'shards': return range(int(self.starts[p]), int(self.starts[p + 1]))
+    if self.layout != 'shards':
+        return range(int(self.starts[p]), int(self.starts[p + 1]))
     return range(p * self.shard_images, min((p + 1) * self.shard_images, len(self)))
 
 # %% ../../nbs/data/04_shards.ipynb #369dfb8d
 @patch
-def images_at(self:Plan, places) -> np.ndarray:
+def images_at(self: Plan, places) -> np.ndarray:
     "int64: the numbers of the images at these places."
-    return Shuffle(len(self), self.seed).image(places) if self.layout == 'shards' else np.asarray(places, np.int64)
+    return (
+        Shuffle(len(self), self.seed).image(places)
+        if self.layout == 'shards'
+        else np.asarray(places, np.int64)
+    )
+
 
 @patch
-def find(self:Plan, i:int) -> tuple:
+def find(self: Plan, i: int) -> tuple:
     "(shard, place in it) of image `i`."
     return divmod(int(Shuffle(len(self), self.seed).place([i])[0]), self.shard_images)
 
 # %% ../../nbs/data/04_shards.ipynb #edd799de
 def read_manifest(root) -> dict:
     "`manifest.json` of a build; `FileNotFoundError` or `ValueError` if there is none or it cannot be read."
-    path = Path(root)/'manifest.json'
-    if not path.is_file(): raise FileNotFoundError(f'{root} holds no manifest.json; build it, or name the folder that a build was written to')
-    try: said = json.loads(path.read_text())
-    except ValueError as e: raise ValueError(f'{path} cannot be read ({e}); run the same build again') from None
-    if isinstance(said, dict) and all(isinstance(said.get(k), dict) for k in ('source', 'plan', 'versions')): return said
-    raise ValueError(f'{path} is no manifest of a build: source, plan or versions is missing; run the same build again')
+    path = Path(root) / 'manifest.json'
+    if not path.is_file():
+        raise FileNotFoundError(
+            f'{root} holds no manifest.json; build it, or name the folder that a build was written to'
+        )
+    try:
+        said = json.loads(path.read_text())
+    except ValueError as e:
+        raise ValueError(f'{path} cannot be read ({e}); run the same build again') from None
+    if isinstance(said, dict) and all(
+        isinstance(said.get(k), dict) for k in ('source', 'plan', 'versions')
+    ):
+        return said
+    raise ValueError(
+        f'{path} is no manifest of a build: source, plan or versions is missing; run the same build again'
+    )
+
 
 def plan_of(root) -> Plan:
     "The plan that a build was written by."
-    said = {k: tuple(v) if isinstance(v, list) else v for k, v in read_manifest(root)['plan'].items()}
-    try: return Plan(**said)
-    except (TypeError, ValueError) as e: raise ValueError(f'{Path(root)/"manifest.json"}: {e}') from None
+    said = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in read_manifest(root)['plan'].items()
+    }
+    try:
+        return Plan(**said)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f'{Path(root) / "manifest.json"}: {e}') from None
+
 
 @lru_cache(64)
-def _scanned(path, _changed): return np.array([place[1:] for place in tar_index(path) if not place[0].endswith('.cls')], np.int64)
+def _scanned(path, _changed):
+    return np.array(
+        [place[1:] for place in tar_index(path) if not place[0].endswith('.cls')], np.int64
+    )
 
 # %% ../../nbs/data/04_shards.ipynb #57f78b65
 class BuiltDataset(Stored):
     "A build by number; opening reads the manifest alone. `ValueError` if the build was never finished."
-    def __init__(self, root:Path, on_error:str='raise'):
+
+    def __init__(self, root: Path, on_error: str = 'raise'):
         super().__init__(on_error)
         self.root, self.plan = Path(root), plan_of(root)
-        if not (self.root/'manifest.csv').is_file(): raise ValueError(f'{root} is a build that was not finished; run the same build again, it continues')
+        if not (self.root / 'manifest.csv').is_file():
+            raise ValueError(
+                f'{root} is a build that was not finished; run the same build again, it continues'
+            )
         self.classes = list(self.plan.names) or [f'{c:05d}' for c in range(self.plan.classes)]
-    def __len__(self): return len(self.plan)
-    def label(self, i:int) -> int: return self.plan.address(i)[0]
-    def name(self, i:int) -> str:
-        if self.plan.layout != 'shards': return self.plan.file(i)
+
+    def __len__(self):
+        return len(self.plan)
+
+    def label(self, i: int) -> int:
+        return self.plan.address(i)[0]
+
+    def name(self, i: int) -> str:
+        if self.plan.layout != 'shards':
+            return self.plan.file(i)
         return f'{self.plan.part(self.plan.find(i)[0])}/{self.plan.file(i)}.{FORMATS[self.plan.format]}'
-    def read(self, i:int) -> bytes:
-        if self.plan.layout != 'shards': return (self.root/self.plan.file(i)).read_bytes()
+
+    def read(self, i: int) -> bytes:
+        if self.plan.layout != 'shards':
+            return (self.root / self.plan.file(i)).read_bytes()
         part, place = self.plan.find(i)
-        shard, index = self.root/self.plan.part(part), self.root/'index'/f'{self.plan.part(part)[:-4]}.idx'
-        where = np.frombuffer(read_at(index, 16 * place, 16), '<i8') if index.exists() else _scanned(shard, shard.stat().st_mtime)[place]
+        shard, index = (
+            self.root / self.plan.part(part),
+            self.root / 'index' / f'{self.plan.part(part)[:-4]}.idx',
+        )
+        where = (
+            np.frombuffer(read_at(index, 16 * place, 16), '<i8')
+            if index.exists()
+            else _scanned(shard, shard.stat().st_mtime)[place]
+        )
         return read_at(shard, *map(int, where))
 
 # %% ../../nbs/data/04_shards.ipynb #3ff11bac
 def _scan_shard(path):
     "int64 [records, 3]: first byte, bytes and class of each picture."
     stat, files = os.stat(path), {}
-    kept = Path(machine_settings()['data_root'].value)/'indexes'/f'{hashlib.sha256(f"{Path(path).resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:24]}.npy'
-    if kept.exists(): return np.load(kept)
+    kept = (
+        Path(machine_settings()['data_root'].value)
+        / 'indexes'
+        / f'{hashlib.sha256(f"{Path(path).resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:24]}.npy'
+    )
+    if kept.exists():
+        return np.load(kept)
     for name, first, size in tar_index(path):
         key, _, suffix = PurePosixPath(name).name.partition('.')
         files.setdefault(f'{PurePosixPath(name).parent}/{key}', {})[suffix.lower()] = first, size
     rows = []
     for key, record in files.items():
         picture = next((v for s, v in record.items() if f'.{s}'.endswith(PICTURES)), None)
-        if picture is None or 'cls' not in record: raise ValueError(f'{path}: record {key} has no picture or no .cls; give shards of pictures with class numbers')
+        if picture is None or 'cls' not in record:
+            raise ValueError(
+                f'{path}: record {key} has no picture or no .cls; give shards of pictures with class numbers'
+            )
         rows.append((*picture, int(read_at(path, *record['cls']))))
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(kept) as f: np.save(f, np.array(rows, np.int64))
+    with whole_file(kept) as f:
+        np.save(f, np.array(rows, np.int64))
     return np.array(rows, np.int64)
 
 # %% ../../nbs/data/04_shards.ipynb #f9ce91a5
 class ShardFiles(Stored):
     "Any WebDataset shards on this machine, by number: record after record, shard after shard."
-    def __init__(self, paths:list, on_error:str='raise'):
+
+    def __init__(self, paths: list, on_error: str = 'raise'):
         super().__init__(on_error)
         self.paths, found = [str(p) for p in paths], [_scan_shard(p) for p in paths]
         self.places, self.ends = np.concatenate(found), np.cumsum([len(f) for f in found])
         self.classes = [str(c) for c in range(int(self.places[:, 2].max()) + 1)]
-    def __len__(self): return len(self.places)
-    def label(self, i:int) -> int: return int(self.places[i, 2])
-    def _shard(self, i): return self.paths[int(np.searchsorted(self.ends, i, 'right'))]
-    def name(self, i:int) -> str: return f'{Path(self._shard(i)).name}, byte {self.places[i, 0]}'
-    def read(self, i:int) -> bytes: return read_at(self._shard(i), *map(int, self.places[i, :2]))
+
+    def __len__(self):
+        return len(self.places)
+
+    def label(self, i: int) -> int:
+        return int(self.places[i, 2])
+
+    def _shard(self, i):
+        return self.paths[int(np.searchsorted(self.ends, i, 'right'))]
+
+    def name(self, i: int) -> str:
+        return f'{Path(self._shard(i)).name}, byte {self.places[i, 0]}'
+
+    def read(self, i: int) -> bytes:
+        return read_at(self._shard(i), *map(int, self.places[i, :2]))
 
 # %% ../../nbs/data/04_shards.ipynb #9a153bf6
 def shard_paths(
-    pattern:str,          # e.g. 'a/SHARDS-{000000..000009}.tar', 'a/*.tar', or several with '::' between
+    pattern: str,  # e.g. 'a/SHARDS-{000000..000009}.tar', 'a/*.tar', or several with '::' between
 ) -> list:
     "The shards that a pattern names."
-    return [str(p) for one in expand_urls(str(pattern)) for p in (sorted(Path(one).parent.glob(Path(one).name)) if '*' in one else [one])]
+    return [
+        str(p)
+        for one in expand_urls(str(pattern))
+        for p in (sorted(Path(one).parent.glob(Path(one).name)) if '*' in one else [one])
+    ]

@@ -23,48 +23,65 @@ from .shards import PICTURES, Stored, check_choice, decode, plan_of
 
 # %% ../../nbs/data/05_streams.ipynb #6484f2fd
 def share(
-    records:int,          # of the whole epoch
-    batch:int,            # images of a global batch
-    rank:int=0, world:int=1,
-    worker:int=0, workers:int=1,
-) -> tuple:               # (first record, how many)
+    records: int,  # of the whole epoch
+    batch: int,  # images of a global batch
+    rank: int = 0,
+    world: int = 1,
+    worker: int = 0,
+    workers: int = 1,
+) -> tuple:  # (first record, how many)
     "The stretch of an epoch that one worker of one process reads; whole batches, the incomplete last one left out."
     batches, own = records // batch, batch // world
     # worker w loads batches w, w + workers, … of its process: that is the order in which a DataLoader asks
     mine = [len(range(w, batches, workers)) for w in range(workers)]
     return (rank * batches + sum(mine[:worker])) * own, mine[worker] * own
 
+
 def spans(
-    counts,               # records of each shard, in the order they are read
-    first:int, many:int,
-) -> list:                # (which shard, from its record, to its record)
+    counts,  # records of each shard, in the order they are read
+    first: int,
+    many: int,
+) -> list:  # (which shard, from its record, to its record)
     "A stretch of records as pieces of shards."
     ends = np.cumsum(counts)
-    return [(s, max(0, first - int(end - n)), min(n, first + many - int(end - n)))
-        for s, (n, end) in enumerate(zip(counts, ends)) if end > first and end - n < first + many]
+    return [
+        (s, max(0, first - int(end - n)), min(n, first + many - int(end - n)))
+        for s, (n, end) in enumerate(zip(counts, ends))
+        if end > first and end - n < first + many
+    ]
 
 # %% ../../nbs/data/05_streams.ipynb #2991efc5
 BROKEN = (OSError, ValueError, EOFError, tarfile.TarError)
 
+
 def records(
-    url:str,              # a path, 'pipe:command', or a URL that webdataset knows
-    first:int=0, last:int=None, # which records of it; to its end if None
+    url: str,  # a path, 'pipe:command', or a URL that webdataset knows
+    first: int = 0,
+    last: int = None,  # which records of it; to its end if None
 ):
     "Yields (name, picture's bytes, class) for records `first … last - 1` of a shard; `ValueError` if it holds fewer."
     found = 0
     with gopen(url, 'rb') as stream:
-        for record in itertools.islice(group_by_keys(tar_file_expander([dict(url=url, stream=stream)])), first, last):
+        for record in itertools.islice(
+            group_by_keys(tar_file_expander([dict(url=url, stream=stream)])), first, last
+        ):
             picture = next((s for s in record if f'.{s}'.endswith(PICTURES)), None)
-            if picture is None or 'cls' not in record: raise ValueError(f'{url}: record {record["__key__"]} has no picture or no .cls; give shards of pictures with class numbers')
+            if picture is None or 'cls' not in record:
+                raise ValueError(
+                    f'{url}: record {record["__key__"]} has no picture or no .cls; give shards of pictures with class numbers'
+                )
             found += 1
             yield f'{url}: {record["__key__"]}.{picture}', record[picture], int(record['cls'])
-    if last is not None and found < last - first: raise ValueError(f'{url} holds {first + found} records, not the {last} or more expected; copy it anew, or correct the counts')
+    if last is not None and found < last - first:
+        raise ValueError(
+            f'{url} holds {first + found} records, not the {last} or more expected; copy it anew, or correct the counts'
+        )
 
 # %% ../../nbs/data/05_streams.ipynb #03c74f7b
 def buffered(
-    rows,                 # anything, one after the other
-    size:int,             # how many are held back
-    rng:CounterRandom,
+    rows,  # anything, one after the other
+    size: int,  # how many are held back
+    rng: CounterRandom,
 ):
     "Yields all rows once, in an order shuffled over about `size` places."
     held, size = [], max(1, size)
@@ -83,116 +100,175 @@ def buffered(
 # %% ../../nbs/data/05_streams.ipynb #ea18dec1
 class ShardStream(IterableDataset):
     "Pictures of shards in a stream, (transformed, class); `len` is this process's images an epoch. `.skipped` counts damaged records."
-    def __init__(self,
-        urls,                 # a build's folder, a pattern with braces, or a list
-        transform:Callable,   # Pillow image to tensor
-        batch:int,            # images in a global batch, over all processes
-        counts=None,          # records of each shard; one number if all are alike; not needed for a build
-        seed:int=0,
-        rank:int=0, world:int=1,
-        buffer:int=1000,      # records held back to shuffle; 0 for the order of the shards
-        on_error:str='raise', # or skip: the next good record takes the place of a damaged one
-        repeats:int=1,        # times an image appears in a row (repeated augmentation)
-        images:int=None,      # images an epoch, with repeats; as many as there are, of a new walk each epoch, if None
+
+    def __init__(
+        self,
+        urls,  # a build's folder, a pattern with braces, or a list
+        transform: Callable,  # Pillow image to tensor
+        batch: int,  # images in a global batch, over all processes
+        counts=None,  # records of each shard; one number if all are alike; not needed for a build
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        buffer: int = 1000,  # records held back to shuffle; 0 for the order of the shards
+        on_error: str = 'raise',  # or skip: the next good record takes the place of a damaged one
+        repeats: int = 1,  # times an image appears in a row (repeated augmentation)
+        images: int = None,  # images an epoch, with repeats; as many as there are, of a new walk each epoch, if None
     ):
-        self.plan = plan_of(urls) if isinstance(urls, (str, Path)) and (Path(urls)/'manifest.json').is_file() else None
+        self.plan = (
+            plan_of(urls)
+            if isinstance(urls, (str, Path)) and (Path(urls) / 'manifest.json').is_file()
+            else None
+        )
         self.urls, self.counts = _shards_of(urls, counts, self.plan)
         self.batches = EpochBatches(sum(self.counts), batch, seed, rank, world, repeats, images)
         self.transform, self.buffer, self.on_error = transform, buffer, check_choice(on_error)
-        self.epoch, self.first, self.skipped = 0, 0, torch.zeros(1, dtype=torch.int64).share_memory_()
-    def __iter__(self): return self._rows()
+        self.epoch, self.first, self.skipped = (
+            0,
+            0,
+            torch.zeros(1, dtype=torch.int64).share_memory_(),
+        )
+
+    def __iter__(self):
+        return self._rows()
 
 # %% ../../nbs/data/05_streams.ipynb #33720d7e
 @patch(as_prop=True)
-def steps(self:ShardStream) -> int:
+def steps(self: ShardStream) -> int:
     "Batches of a whole epoch."
     return self.batches.steps
 
+
 @patch
-def __len__(self:ShardStream): return (self.steps - self.first) * (self.batches.batch // self.batches.world)
+def __len__(self: ShardStream):
+    return (self.steps - self.first) * (self.batches.batch // self.batches.world)
+
 
 def _shards_of(urls, counts, plan):
     if plan is not None:
-        if plan.layout != 'shards': raise ValueError(f'{urls} is a build of layout={plan.layout!r}; a stream reads shards: build it with layout="shards"')
-        return [str(Path(urls)/plan.part(p)) for p in range(plan.parts)], [len(plan.places(p)) for p in range(plan.parts)]
+        if plan.layout != 'shards':
+            raise ValueError(
+                f'{urls} is a build of layout={plan.layout!r}; a stream reads shards: build it with layout="shards"'
+            )
+        return [str(Path(urls) / plan.part(p)) for p in range(plan.parts)], [
+            len(plan.places(p)) for p in range(plan.parts)
+        ]
     urls = expand_urls(str(urls)) if isinstance(urls, (str, Path)) else [str(u) for u in urls]
-    if counts is None: raise ValueError(f'counts=None: say how many records each of the {len(urls)} shards holds, one number if all are alike')
+    if counts is None:
+        raise ValueError(
+            f'counts=None: say how many records each of the {len(urls)} shards holds, one number if all are alike'
+        )
     counts = [counts] * len(urls) if isinstance(counts, int) else list(counts)
-    if len(counts) != len(urls): raise ValueError(f'counts has {len(counts)} numbers for {len(urls)} shards; give one each, or one for all')
+    if len(counts) != len(urls):
+        raise ValueError(
+            f'counts has {len(counts)} numbers for {len(urls)} shards; give one each, or one for all'
+        )
     return urls, counts
 
 # %% ../../nbs/data/05_streams.ipynb #4f8da391
 @patch
-def _stretch(self:ShardStream, first, many):
+def _stretch(self: ShardStream, first, many):
     "Yields (walk, repeats, place, name, picture's bytes, class) of the draws `first …` of the endless sequence, a record at a time."
     b, bases = self.batches, np.cumsum([0, *self.counts])
     while many:
         walk, start = divmod(first, b.walk)
         taken = min(many, b.walk - start)
         order, q = permutation(len(self.urls), b.seed, walk), start // b.repeats
-        for s, lo, hi in spans([self.counts[n] for n in order], q, -(-(start + taken) // b.repeats) - q):
+        for s, lo, hi in spans(
+            [self.counts[n] for n in order], q, -(-(start + taken) // b.repeats) - q
+        ):
             for place, name, data, c in self._readable(order[s], lo, hi):
-                views = range(max(start - q * b.repeats, 0), min(start + taken - q * b.repeats, b.repeats))
+                views = range(
+                    max(start - q * b.repeats, 0), min(start + taken - q * b.repeats, b.repeats)
+                )
                 yield walk, views, int(bases[order[s]]) + place, name, data, c
                 q += 1
         first, many = first + taken, many - taken
 
 # %% ../../nbs/data/05_streams.ipynb #934c0aa1
 @patch
-def _readable(self:ShardStream, n, lo, hi):
+def _readable(self: ShardStream, n, lo, hi):
     done = lo
     try:
         for row in records(self.urls[n], lo, hi):
             yield done, *row
             done += 1
     except BROKEN as e:
-        if self.on_error == 'raise': raise ValueError(f'{self.urls[n]}: {e}') from e
-        for place in range(done, hi): yield place, self.urls[n], b'', 0
+        if self.on_error == 'raise':
+            raise ValueError(f'{self.urls[n]}: {e}') from e
+        for place in range(done, hi):
+            yield place, self.urls[n], b'', 0
 
 # %% ../../nbs/data/05_streams.ipynb #6a7cc9ae
 @patch
-def _picture(self:ShardStream, walk, repeat, place, name, data):
+def _picture(self: ShardStream, walk, repeat, place, name, data):
     number = int(self.plan.images_at([place])[0]) if self.plan else place
     image = decode(data, name)
-    with seeded(seed_for(self.batches.seed, AUGMENT, walk, number * self.batches.repeats + repeat)): return self.transform(image)
+    with seeded(seed_for(self.batches.seed, AUGMENT, walk, number * self.batches.repeats + repeat)):
+        return self.transform(image)
+
 
 @patch
-def _draws(self:ShardStream):
+def _draws(self: ShardStream):
     b, info = self.batches, get_worker_info()
     me, workers = (info.id, info.num_workers) if info else (0, 1)
-    worker = (me + self.first) % workers        # a DataLoader asks worker 0 first, also after a resume
+    worker = (me + self.first) % workers  # a DataLoader asks worker 0 first, also after a resume
     first, many = share(b.images, b.batch, b.rank, b.world, worker, workers)
-    rows = buffered(self._stretch(self.epoch * b.stride + first, many), self.buffer, CounterRandom(b.seed, SHUFFLE, self.epoch, 1 + first))
+    rows = buffered(
+        self._stretch(self.epoch * b.stride + first, many),
+        self.buffer,
+        CounterRandom(b.seed, SHUFFLE, self.epoch, 1 + first),
+    )
     draws = ((walk, repeat, *row) for walk, views, *row in rows for repeat in views)
-    return itertools.islice(draws, len(range(worker, self.first, workers)) * (b.batch // b.world), None)
+    return itertools.islice(
+        draws, len(range(worker, self.first, workers)) * (b.batch // b.world), None
+    )
 
 # %% ../../nbs/data/05_streams.ipynb #61068d7f
 @patch
-def _rows(self:ShardStream):
+def _rows(self: ShardStream):
     owed, latest = 0, None
     for *where, c in self._draws():
-        try: latest = self._picture(*where), c
+        try:
+            latest = self._picture(*where), c
         except ValueError as e:
-            if self.on_error == 'raise': raise
-            self.skipped += 1; owed += 1
+            if self.on_error == 'raise':
+                raise
+            self.skipped += 1
+            owed += 1
             warnings.warn(f'skipped: {e}')
             continue
-        for _ in range(1 + owed): yield latest
+        for _ in range(1 + owed):
+            yield latest
         owed = 0
-    for _ in range(owed if latest else 0): yield latest
+    for _ in range(owed if latest else 0):
+        yield latest
 
 # %% ../../nbs/data/05_streams.ipynb #95e0304d
 class StreamLoader:
     "This process's batches (images, classes) of a stream; set `.batch_sampler.epoch` and `.first` before iterating."
-    def __init__(self, stream:ShardStream, workers:int=0): self.batch_sampler, self.workers = stream, workers
-    def __len__(self): return self.batch_sampler.steps - self.batch_sampler.first
+
+    def __init__(self, stream: ShardStream, workers: int = 0):
+        self.batch_sampler, self.workers = stream, workers
+
+    def __len__(self):
+        return self.batch_sampler.steps - self.batch_sampler.first
+
     def __iter__(self):
         b = self.batch_sampler.batches
-        return iter(DataLoader(self.batch_sampler, b.batch // b.world, num_workers=self.workers, pin_memory=torch.cuda.is_available()))
+        return iter(
+            DataLoader(
+                self.batch_sampler,
+                b.batch // b.world,
+                num_workers=self.workers,
+                pin_memory=torch.cuda.is_available(),
+            )
+        )
+
 
 def stream_loader(
-    stream:ShardStream,
-    workers:int=0,        # worker processes
+    stream: ShardStream,
+    workers: int = 0,  # worker processes
 ) -> StreamLoader:
     "A loader of the stream, for a training loop or for `fdsl_learner`."
     return StreamLoader(stream, workers)
@@ -200,44 +276,81 @@ def stream_loader(
 # %% ../../nbs/data/05_streams.ipynb #ce62c995
 def _labels_of(url):
     "int32: the class of each record, from the file kept under the data root, else from reading the shard."
-    kept = Path(machine_settings()['data_root'].value)/'streams'/f'{hashlib.sha256(url.encode()).hexdigest()[:24]}.npy'
-    if kept.exists(): return np.load(kept)
-    try: labels = np.array([c for *_, c in records(url)], np.int32)
-    except BROKEN as e: raise ValueError(f'{url} cannot be read: {e}') from e
-    if not len(labels): raise ValueError(f'{url} holds no records; check the address, and that the command or server gives a tar')
+    kept = (
+        Path(machine_settings()['data_root'].value)
+        / 'streams'
+        / f'{hashlib.sha256(url.encode()).hexdigest()[:24]}.npy'
+    )
+    if kept.exists():
+        return np.load(kept)
+    try:
+        labels = np.array([c for *_, c in records(url)], np.int32)
+    except BROKEN as e:
+        raise ValueError(f'{url} cannot be read: {e}') from e
+    if not len(labels):
+        raise ValueError(
+            f'{url} holds no records; check the address, and that the command or server gives a tar'
+        )
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(kept) as f: np.save(f, labels)
+    with whole_file(kept) as f:
+        np.save(f, labels)
     return labels
+
 
 class StreamedShards(Stored):
     "Shards that can only be read in order, as a data set; `.train_loader` streams them."
-    def __init__(self, urls:list, on_error:str='raise'):
+
+    def __init__(self, urls: list, on_error: str = 'raise'):
         super().__init__(on_error)
         self.urls, found = [str(u) for u in urls], [_labels_of(str(u)) for u in urls]
         self.counts, self.labels = [len(f) for f in found], np.concatenate(found)
         self.classes = [str(c) for c in range(int(self.labels.max()) + 1)]
-    def __len__(self): return len(self.labels)
-    def label(self, i:int) -> int: return int(self.labels[i])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def label(self, i: int) -> int:
+        return int(self.labels[i])
 
 # %% ../../nbs/data/05_streams.ipynb #02fe17b2
 @patch
-def _record(self:StreamedShards, i):
+def _record(self: StreamedShards, i):
     s, place, _ = spans(self.counts, i, 1)[0]
     return next(records(self.urls[s], place, place + 1))
 
-@patch
-def name(self:StreamedShards, i:int) -> str: return self._record(i)[0]
 
 @patch
-def read(self:StreamedShards, i:int) -> bytes: return self._record(i)[1]
+def name(self: StreamedShards, i: int) -> str:
+    return self._record(i)[0]
+
 
 @patch
-def train_loader(self:StreamedShards,
-    transform:Callable,   # Pillow image to tensor
-    batches:EpochBatches, # seed, length of an epoch, process; the order is the stream's own
-    workers:int=0,        # worker processes
+def read(self: StreamedShards, i: int) -> bytes:
+    return self._record(i)[1]
+
+
+@patch
+def train_loader(
+    self: StreamedShards,
+    transform: Callable,  # Pillow image to tensor
+    batches: EpochBatches,  # seed, length of an epoch, process; the order is the stream's own
+    workers: int = 0,  # worker processes
 ) -> StreamLoader:
     "What `train_loader` is for numbered data sets."
     b = batches
     images = None if b.stride == b.walk else b.images
-    return StreamLoader(ShardStream(self.urls, transform, b.batch, self.counts, b.seed, b.rank, b.world, on_error=self.on_error, repeats=b.repeats, images=images), workers)
+    return StreamLoader(
+        ShardStream(
+            self.urls,
+            transform,
+            b.batch,
+            self.counts,
+            b.seed,
+            b.rank,
+            b.world,
+            on_error=self.on_error,
+            repeats=b.repeats,
+            images=images,
+        ),
+        workers,
+    )

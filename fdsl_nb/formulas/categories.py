@@ -18,89 +18,123 @@ from ..core.settings import machine_settings
 
 # %% ../../nbs/formulas/01_categories.ipynb #083899b6
 def check_category(
-    maps,                 # anything array-like, [maps, columns]
-    columns:tuple,        # the family's column names, the probability last
-    place:str='category', # where it came from, for the message
-) -> np.ndarray:          # float64 [maps, columns]
+    maps,  # anything array-like, [maps, columns]
+    columns: tuple,  # the family's column names, the probability last
+    place: str = 'category',  # where it came from, for the message
+) -> np.ndarray:  # float64 [maps, columns]
     "The category as an array; `ValueError` names the place and what is wrong with it."
     maps = np.asarray(maps, float)
     if maps.ndim != 2 or maps.shape[1] != len(columns):
-        raise ValueError(f'{place} has shape {list(maps.shape)}; give one row a map with {len(columns)} columns: {" ".join(columns)}')
-    if not len(maps): raise ValueError(f'{place} has no maps; give at least one row of {" ".join(columns)}')
-    if not np.isfinite(maps).all(): raise ValueError(f'{place} holds numbers that are not finite')
+        raise ValueError(
+            f'{place} has shape {list(maps.shape)}; give one row a map with {len(columns)} columns: {" ".join(columns)}'
+        )
+    if not len(maps):
+        raise ValueError(f'{place} has no maps; give at least one row of {" ".join(columns)}')
+    if not np.isfinite(maps).all():
+        raise ValueError(f'{place} holds numbers that are not finite')
     p = maps[:, -1]
     if (p < 0).any() or abs(p.sum() - 1) > 1e-6:
-        raise ValueError(f'{place}: column {columns[-1]} sums to {p.sum():.6g}; give probabilities that sum to 1')
+        raise ValueError(
+            f'{place}: column {columns[-1]} sums to {p.sum():.6g}; give probabilities that sum to 1'
+        )
     return maps
 
 # %% ../../nbs/formulas/01_categories.ipynb #9c086666
 def save_categories(
-    path,                 # a folder for published files; or a table's name, .csv or .parquet
-    categories:list,      # arrays float64 [maps, columns]
-    columns:tuple,        # their column names
-    digits:int=5,         # of the class number in a published file's name
+    path,  # a folder for published files; or a table's name, .csv or .parquet
+    categories: list,  # arrays float64 [maps, columns]
+    columns: tuple,  # their column names
+    digits: int = 5,  # of the class number in a published file's name
 ) -> Path:
     "Writes categories in the published layout, a CSV a class, or as one table, whichever `path` names."
     path = Path(path)
     if path.suffix not in ('.csv', '.parquet'):
         path.mkdir(parents=True, exist_ok=True)
-        for c, maps in enumerate(categories): np.savetxt(path/f'{c:0{digits}d}.csv', maps, delimiter=',')
+        for c, maps in enumerate(categories):
+            np.savetxt(path / f'{c:0{digits}d}.csv', maps, delimiter=',')
         return path
     import pandas as pd
+
     rows = [(c, *row) for c, maps in enumerate(categories) for row in np.asarray(maps).tolist()]
     table = pd.DataFrame(rows, columns=['class', *columns])
-    if path.suffix == '.csv': table.to_csv(path, index=False)
-    else: table.to_parquet(path)
+    if path.suffix == '.csv':
+        table.to_csv(path, index=False)
+    else:
+        table.to_parquet(path)
     return path
 
 # %% ../../nbs/formulas/01_categories.ipynb #ffec3a7d
 def _read_folder(path, columns):
     files = sorted(p for p in path.iterdir() if p.suffix == '.csv')
-    if not files: raise ValueError(f'{path} holds no .csv file; give a folder of published files or a table')
-    try: arrays = [(np.loadtxt(f, delimiter=',', ndmin=2), f) for f in files]
-    except ValueError as e: raise ValueError(f'{path} holds a file that is not numbers between commas: {e}') from None
+    if not files:
+        raise ValueError(f'{path} holds no .csv file; give a folder of published files or a table')
+    try:
+        arrays = [(np.loadtxt(f, delimiter=',', ndmin=2), f) for f in files]
+    except ValueError as e:
+        raise ValueError(f'{path} holds a file that is not numbers between commas: {e}') from None
     return [check_category(maps, columns, str(f)) for maps, f in arrays]
+
 
 def _read_table(path, columns):
     import pandas as pd
+
     # float() gives back the very number that was written; some versions of pandas' own reader miss the last bit
-    table = pd.read_parquet(path) if path.suffix == '.parquet' else pd.read_csv(path, dtype=str).astype(float)
+    table = (
+        pd.read_parquet(path)
+        if path.suffix == '.parquet'
+        else pd.read_csv(path, dtype=str).astype(float)
+    )
     wrong = set(table.columns) ^ {'class', *columns}
-    if wrong: raise ValueError(f'{path}: column {sorted(wrong)[0]!r} is missing or not known; needed: class {" ".join(columns)}')
-    found = [(c, rows[list(columns)].to_numpy(float)) for c, rows in table.groupby('class', sort=True)]
+    if wrong:
+        raise ValueError(
+            f'{path}: column {sorted(wrong)[0]!r} is missing or not known; needed: class {" ".join(columns)}'
+        )
+    found = [
+        (c, rows[list(columns)].to_numpy(float)) for c, rows in table.groupby('class', sort=True)
+    ]
     missing = sorted(set(range(len(found))) - {int(c) for c, _ in found})
-    if missing: raise ValueError(f'{path}: class {missing[0]} has no rows; number classes 0 … {len(found) - 1}')
+    if missing:
+        raise ValueError(
+            f'{path}: class {missing[0]} has no rows; number classes 0 … {len(found) - 1}'
+        )
     return [check_category(maps, columns, f'{path}, class {c:.0f}') for c, maps in found]
 
 # %% ../../nbs/formulas/01_categories.ipynb #c7d0819e
 def load_categories(
-    path,                 # what `save_categories` or a published search wrote
-    columns:tuple,        # the family's column names
-) -> list:                # float64 [maps, columns] a class
+    path,  # what `save_categories` or a published search wrote
+    columns: tuple,  # the family's column names
+) -> list:  # float64 [maps, columns] a class
     "Categories from a folder of published files or one table; `FileNotFoundError`, or `ValueError` naming file and column."
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f'categories={str(path)!r} is not there; give a folder of .csv files or a table')
+    if not path.exists():
+        raise FileNotFoundError(
+            f'categories={str(path)!r} is not there; give a folder of .csv files or a table'
+        )
     return _read_folder(path, columns) if path.is_dir() else _read_table(path, columns)
 
 # %% ../../nbs/formulas/01_categories.ipynb #5356fc52
 @dataclass(frozen=True)
 class CategoryCache:
     "Searched categories on disk, `block` classes a file, in a folder of their own under `root/categories`."
-    root: str             # the machine's data root
-    family: str           # whose search
-    settings: str         # the settings of the search, as JSON text
-    block: int = 50       # classes in a file
+
+    root: str  # the machine's data root
+    family: str  # whose search
+    settings: str  # the settings of the search, as JSON text
+    block: int = 50  # classes in a file
 
     @property
     def folder(self) -> Path:
         print_ = hashlib.sha256(self.settings.encode()).hexdigest()[:12]
-        return Path(self.root)/'categories'/f'{self.family}-{print_}'
-    def path(self, b:int) -> Path: return self.folder/f'{b:05d}.json'
+        return Path(self.root) / 'categories' / f'{self.family}-{print_}'
+
+    def path(self, b: int) -> Path:
+        return self.folder / f'{b:05d}.json'
+
 
 def category_cache(
-    family:str,           # whose search, e.g. 'fractaldb'
-    root=None,            # folder for searched data; the machine's `data_root` if None
-    **settings,           # all that decides the search's outcome
+    family: str,  # whose search, e.g. 'fractaldb'
+    root=None,  # folder for searched data; the machine's `data_root` if None
+    **settings,  # all that decides the search's outcome
 ) -> CategoryCache:
     "The cache of one search; nothing is written before there is something to write."
     root = machine_settings()['data_root'].value if root is None else root
@@ -108,45 +142,56 @@ def category_cache(
 
 # %% ../../nbs/formulas/01_categories.ipynb #08743e5c
 def write_block(
-    cache:CategoryCache,
-    b:int,                # block number: classes b * block … (b + 1) * block - 1
-    categories:list,      # their arrays
-    state:list=None,      # of the search's random stream after the last of them
+    cache: CategoryCache,
+    b: int,  # block number: classes b * block … (b + 1) * block - 1
+    categories: list,  # their arrays
+    state: list = None,  # of the search's random stream after the last of them
 ) -> None:
     "Writes a block whole or not at all."
-    body = dict(settings=cache.settings, categories=[np.asarray(m).tolist() for m in categories], state=state)
+    body = dict(
+        settings=cache.settings,
+        categories=[np.asarray(m).tolist() for m in categories],
+        state=state,
+    )
     text = json.dumps(body)
     cache.folder.mkdir(parents=True, exist_ok=True)
     # a name of its own, so that two searches of the same block do not write into each other's file
-    draft = cache.folder/f'.{uuid.uuid4().hex}.part'
+    draft = cache.folder / f'.{uuid.uuid4().hex}.part'
     draft.write_text(json.dumps(dict(sha256=hashlib.sha256(text.encode()).hexdigest(), body=text)))
     os.replace(draft, cache.path(b))
 
 # %% ../../nbs/formulas/01_categories.ipynb #60bb3fe3
 def read_block(
-    cache:CategoryCache,
-    b:int,                # block number
-) -> tuple|None:          # (categories, state), or None
+    cache: CategoryCache,
+    b: int,  # block number
+) -> tuple | None:  # (categories, state), or None
     "A block's categories and stream state; None if it is not there, or, with a warning, if it is damaged."
-    try: record = json.loads(cache.path(b).read_text())
-    except FileNotFoundError: return None
-    except ValueError: record = {}
+    try:
+        record = json.loads(cache.path(b).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        record = {}
     text = record.get('body', '') if isinstance(record, dict) else ''
     if hashlib.sha256(text.encode()).hexdigest() != (record.get('sha256') if text else None):
         warnings.warn(f'{cache.path(b)} is damaged; its classes are searched again')
         return None
     body = json.loads(text)
-    if body['settings'] != cache.settings: raise ValueError(f'{cache.path(b)} belongs to the search {body["settings"]}, not to {cache.settings}; delete it')
+    if body['settings'] != cache.settings:
+        raise ValueError(
+            f'{cache.path(b)} belongs to the search {body["settings"]}, not to {cache.settings}; delete it'
+        )
     return [np.array(m) for m in body['categories']], body['state']
 
 # %% ../../nbs/formulas/01_categories.ipynb #95b40d8b
 def search_parallel(
-    search,               # function: class → array; its result depends on the class alone
-    n:int,                # how many classes, 0 … n - 1
-    cache:CategoryCache,
-    workers:int=1,        # threads
-) -> list:                # n arrays
+    search,  # function: class → array; its result depends on the class alone
+    n: int,  # how many classes, 0 … n - 1
+    cache: CategoryCache,
+    workers: int = 1,  # threads
+) -> list:  # n arrays
     "Categories 0 … n - 1, each whole block taken from the cache or searched and put there; more threads change nothing but the time."
+
     def block(b):
         first, last = b * cache.block, min((b + 1) * cache.block, n)
         found = read_block(cache, b)
@@ -156,17 +201,20 @@ def search_parallel(
         if missing:
             arrays = arrays + [search(c) for c in missing]
             write_block(cache, b, arrays)
-        return arrays[:last - first]
+        return arrays[: last - first]
+
     with ThreadPoolExecutor(max(1, workers)) as pool:
         return [maps for arrays in pool.map(block, range(-(-n // cache.block))) for maps in arrays]
 
 # %% ../../nbs/formulas/01_categories.ipynb #1766e581
 class CategoryStream:
     "A search along one random stream, extended on demand and continued from disk."
-    def __init__(self,
-        search,           # function: generator → next accepted array
-        rng,              # a `NumpyRandom` at the search's beginning
-        cache:CategoryCache,
+
+    def __init__(
+        self,
+        search,  # function: generator → next accepted array
+        rng,  # a `NumpyRandom` at the search's beginning
+        cache: CategoryCache,
     ):
         self.search, self.rng, self.cache, self.found, self.lock = search, rng, cache, [], Lock()
         while (block := read_block(cache, len(self.found) // cache.block)) is not None:
@@ -176,7 +224,7 @@ class CategoryStream:
 
 # %% ../../nbs/formulas/01_categories.ipynb #82d4b2b5
 @patch
-def upto(self:CategoryStream, n:int) -> list:
+def upto(self: CategoryStream, n: int) -> list:
     "The first `n` categories, searched now unless they were before."
     with self.lock:
         while len(self.found) < n:
@@ -184,5 +232,10 @@ def upto(self:CategoryStream, n:int) -> list:
             b, rest = divmod(len(self.found), self.cache.block)
             if rest == 0:
                 kind, words, position = self.rng.get_state()[:3]
-                write_block(self.cache, b - 1, self.found[-self.cache.block:], [kind, words.tolist(), int(position)])
+                write_block(
+                    self.cache,
+                    b - 1,
+                    self.found[-self.cache.block :],
+                    [kind, words.tolist(), int(position)],
+                )
         return self.found[:n]

@@ -17,7 +17,15 @@ from ..core.raster import splat, stamp
 from .categories import check_category
 
 # %% ../../nbs/formulas/03_chaos.ipynb #53cfe50e
-COLUMNS = ('a', 'b', 'c', 'd', 'e', 'f', 'p')      # x' = a x + b y + e, y' = c x + d y + f, chosen with probability p
+COLUMNS = (
+    'a',
+    'b',
+    'c',
+    'd',
+    'e',
+    'f',
+    'p',
+)  # x' = a x + b y + e, y' = c x + d y + f, chosen with probability p
 
 # %% ../../nbs/formulas/03_chaos.ipynb #8db71900
 @njit(cache=True, nogil=True)
@@ -25,8 +33,12 @@ def _game(table, limits, picks, xs, ys):
     x = y = xlow = xhigh = ylow = yhigh = xs[0] = ys[0] = 0.0
     for i in range(1, xs.size):
         j = 0
-        for limit in limits: j += picks[i - 1] > limit
-        x, y = x * table[j, 0] + y * table[j, 1] + table[j, 4], x * table[j, 2] + y * table[j, 3] + table[j, 5]
+        for limit in limits:
+            j += picks[i - 1] > limit
+        x, y = (
+            x * table[j, 0] + y * table[j, 1] + table[j, 4],
+            x * table[j, 2] + y * table[j, 3] + table[j, 5],
+        )
         xs[i], ys[i] = x, y
         xlow, xhigh = x if x < xlow else xlow, x if x > xhigh else xhigh
         ylow, yhigh = y if y < ylow else ylow, y if y > yhigh else yhigh
@@ -35,54 +47,67 @@ def _game(table, limits, picks, xs, ys):
 # %% ../../nbs/formulas/03_chaos.ipynb #d7feeb78
 _thread = local()
 
+
 def workspace(
-    n:int,                # points of a game
-) -> tuple:               # xs, ys: float64 [n]; columns, rows: int32 [n]; masks: uint16 [n]
+    n: int,  # points of a game
+) -> tuple:  # xs, ys: float64 [n]; columns, rows: int32 [n]; masks: uint16 [n]
     "This thread's arrays for a game; its next game overwrites them."
     if getattr(_thread, 'points', 0) < n:
-        _thread.points, _thread.arrays = n, [np.empty(n, t) for t in (np.float64, np.float64, np.int32, np.int32, np.uint16)]
+        _thread.points, _thread.arrays = (
+            n,
+            [np.empty(n, t) for t in (np.float64, np.float64, np.int32, np.int32, np.uint16)],
+        )
     return tuple(array[:n] for array in _thread.arrays)
 
 # %% ../../nbs/formulas/03_chaos.ipynb #4d257794
 def play(
-    maps:np.ndarray,      # float64 [maps, 7]: a b c d e f p
-    picks:np.ndarray,     # float64 [points] in [0, 1): which map moves the point; the last is not used
-    out:tuple=None,       # two arrays float64 [points] to play in; new ones if None
-) -> tuple:               # xs, ys: float64 [n], n ≤ points; then their extents (low, high) twice
+    maps: np.ndarray,  # float64 [maps, 7]: a b c d e f p
+    picks: np.ndarray,  # float64 [points] in [0, 1): which map moves the point; the last is not used
+    out: tuple = None,  # two arrays float64 [points] to play in; new ones if None
+) -> tuple:  # xs, ys: float64 [n], n ≤ points; then their extents (low, high) twice
     "The chaos game from the origin as FractalDB plays it (Kataoka et al., ACCV 2020); `ValueError` if it diverges at once."
     xs, ys = out or (np.empty(len(picks)), np.empty(len(picks)))
     # the row below the maps stands still
     table = np.vstack([maps[:, :6], [1, 0, 0, 1, 0, 0]])
     xlow, xhigh, ylow, yhigh = _game(table, np.cumsum(maps[:, 6]), picks, xs, ys)
-    if np.isfinite(xs[-1]) and np.isfinite(ys[-1]): return xs, ys, (xlow, xhigh), (ylow, yhigh)
+    if np.isfinite(xs[-1]) and np.isfinite(ys[-1]):
+        return xs, ys, (xlow, xhigh), (ylow, yhigh)
     for v in (0, 1):
         gone = np.flatnonzero(np.isnan((xs, ys)[v]))
-        if gone.size: xs, ys = xs[:max(gone[0] - 100, 0)], ys[:max(gone[0] - 100, 0)]
-    if not xs.size: raise ValueError('the maps diverge: not a number after fewer than 100 points; give maps that shrink')
+        if gone.size:
+            xs, ys = xs[: max(gone[0] - 100, 0)], ys[: max(gone[0] - 100, 0)]
+    if not xs.size:
+        raise ValueError(
+            'the maps diverge: not a number after fewer than 100 points; give maps that shrink'
+        )
     return xs, ys, (xs.min(), xs.max()), (ys.min(), ys.max())
 
 # %% ../../nbs/formulas/03_chaos.ipynb #d829dfcc
 @njit(cache=True, nogil=True)
 def _to_pixels(v, low, high, side, padding, out):
-    for i in range(v.size): out[i] = np.int32((v[i] - low) / (high - low) * side + padding)
+    for i in range(v.size):
+        out[i] = np.int32((v[i] - low) / (high - low) * side + padding)
+
 
 def to_pixels(
-    v:np.ndarray,         # float64 [n], one coordinate
-    extent:tuple,         # its smallest and largest value
-    size:int,             # side of the picture, pixels
-    padding:int=6,        # pixels left free at each border
-    out:np.ndarray=None,  # int32 [n] to write to; a new array if None
-) -> np.ndarray:          # int32 [n]
+    v: np.ndarray,  # float64 [n], one coordinate
+    extent: tuple,  # its smallest and largest value
+    size: int,  # side of the picture, pixels
+    padding: int = 6,  # pixels left free at each border
+    out: np.ndarray = None,  # int32 [n] to write to; a new array if None
+) -> np.ndarray:  # int32 [n]
     "One coordinate of a cloud, stretched to `padding … size - padding`; a cloud without extent lies on the border, at 0."
-    out = np.empty(len(v), np.int32) if out is None else out[:len(v)]
-    if extent[0] == extent[1]: out[:] = 0
-    else: _to_pixels(v, extent[0], extent[1], float(size - 2 * padding), float(padding), out)
+    out = np.empty(len(v), np.int32) if out is None else out[: len(v)]
+    if extent[0] == extent[1]:
+        out[:] = 0
+    else:
+        _to_pixels(v, extent[0], extent[1], float(size - 2 * padding), float(padding), out)
     return out
 
 # %% ../../nbs/formulas/03_chaos.ipynb #355b9ce9
 DRAWS = ('point_gray', 'point_color', 'patch_gray', 'patch_color', 'patch_fill')
 GREY = np.array([127], np.uint8)
-HUES = np.arange(1, 129, dtype=np.uint8)            # inks 1 … 128; 0 is the black paper
+HUES = np.arange(1, 129, dtype=np.uint8)  # inks 1 … 128; 0 is the black paper
 
 # %% ../../nbs/formulas/03_chaos.ipynb #ca82703b
 def _palette(intensity=0.75, saturation=0.75):
@@ -91,13 +116,17 @@ def _palette(intensity=0.75, saturation=0.75):
         # the integer part says which sixth of the wheel, the rest the place within it
         turn = (3.0 / np.pi) * (2.0 * np.pi * (i / 128.0))
         sixth = int(turn)
-        low, falling = intensity * (1.0 - saturation), intensity * (1.0 - saturation * (turn - sixth))
+        low, falling = (
+            intensity * (1.0 - saturation),
+            intensity * (1.0 - saturation * (turn - sixth)),
+        )
         rising = intensity * (1.0 - saturation * ((1.0 - turn) + sixth))
         p, q, t, v = (int(c * 255.0) for c in (low, falling, rising, intensity))
         colours.append([(p, t, v), (p, v, q), (t, v, p), (v, q, p), (v, p, t), (q, p, v)][sixth])
     return np.array(colours, np.uint8)
 
-PALETTE = _palette()                                # uint8 [129, 3]
+
+PALETTE = _palette()  # uint8 [129, 3]
 
 # %% ../../nbs/formulas/03_chaos.ipynb #581dc9f0
 @njit(cache=True, nogil=True)
@@ -112,78 +141,96 @@ def _mt_masks(state, out):
                 out[done] = bits + 1
                 done += 1
 
+
 @njit(cache=True, nogil=True)
 def _word_masks(words, out):
-    for i in range(words.size): out[i] = 1 + ((np.uint64(words[i]) * np.uint64(511)) >> np.uint64(32))
+    for i in range(words.size):
+        out[i] = 1 + ((np.uint64(words[i]) * np.uint64(511)) >> np.uint64(32))
 
 # %% ../../nbs/formulas/03_chaos.ipynb #0c16b3da
 def patch_masks(
-    rng,                  # `PythonRandom` (published stream) or `CounterRandom` (canonical)
-    n:int,                # how many
-    out:np.ndarray=None,  # uint16, at least [n], to write to; a new array if None
-) -> np.ndarray:          # uint16 [n], 1 … 511
+    rng,  # `PythonRandom` (published stream) or `CounterRandom` (canonical)
+    n: int,  # how many
+    out: np.ndarray = None,  # uint16, at least [n], to write to; a new array if None
+) -> np.ndarray:  # uint16 [n], 1 … 511
     "Random 3 × 3 patterns: what `n` calls of `rng.randrange(1, 512)` give, or `1 + below(word, 511)` of a counter stream."
     out = np.empty(n, np.uint16) if out is None else out[:n]
     if isinstance(rng, CounterRandom):
-        for i in range(0, n, 16_384): _word_masks(rng.words(min(16_384, n - i)), out[i:])
+        for i in range(0, n, 16_384):
+            _word_masks(rng.words(min(16_384, n - i)), out[i:])
     elif hasattr(rng, 'kernel_state'):
-        with rng.kernel_state() as state: _mt_masks(state, out)
-    else: out[:] = [rng.randrange(1, 512) for _ in range(n)]
+        with rng.kernel_state() as state:
+            _mt_masks(state, out)
+    else:
+        out[:] = [rng.randrange(1, 512) for _ in range(n)]
     return out
 
 # %% ../../nbs/formulas/03_chaos.ipynb #63d0106c
 def draw_cloud(
-    cloud:tuple,          # what `play` gives
-    size:int,             # side of the picture, pixels
-    draw:str,             # one of `DRAWS`
-    rng,                  # for the masks of random patches: `PythonRandom` or `CounterRandom`
-    padding:int=6,        # pixels left free at each border
-) -> np.ndarray:          # uint8 [size, size]: grey values, or inks 0 … 128 of `PALETTE`
+    cloud: tuple,  # what `play` gives
+    size: int,  # side of the picture, pixels
+    draw: str,  # one of `DRAWS`
+    rng,  # for the masks of random patches: `PythonRandom` or `CounterRandom`
+    padding: int = 6,  # pixels left free at each border
+) -> np.ndarray:  # uint8 [size, size]: grey values, or inks 0 … 128 of `PALETTE`
     "A cloud of points as a picture; what is drawn later covers what was drawn before."
     image, (_, _, columns, rows, masks) = np.zeros((size, size), np.uint8), workspace(len(cloud[0]))
     xs, ys = (to_pixels(cloud[v], cloud[v + 2], size, padding, (columns, rows)[v]) for v in (0, 1))
     pen, _, ink = draw.partition('_')
     inks = HUES if ink == 'color' else GREY
-    if pen == 'point': splat(image, xs, ys, inks)
-    elif ink == 'fill': stamp(image, xs, ys, np.full(xs.size, 511, np.uint16), inks)
-    else: stamp(image, xs, ys, patch_masks(rng, xs.size, masks), inks)
+    if pen == 'point':
+        splat(image, xs, ys, inks)
+    elif ink == 'fill':
+        stamp(image, xs, ys, np.full(xs.size, 511, np.uint16), inks)
+    else:
+        stamp(image, xs, ys, patch_masks(rng, xs.size, masks), inks)
     return np.ascontiguousarray(image[::-1])
 
 # %% ../../nbs/formulas/03_chaos.ipynb #2e490b5a
 @lru_cache(4)
 def published_picks(
-    points:int,           # how many
-) -> np.ndarray:          # float64 [points], read only
+    points: int,  # how many
+) -> np.ndarray:  # float64 [points], read only
     "The one table of picks of all published images: NumPy's stream from seed 100."
     picks = np.random.RandomState(100).random_sample(points)
     picks.flags.writeable = False
     return picks
 
+
 def weighted(
-    maps:np.ndarray,      # float64 [maps, 7]
-    weights,              # six factors for a … f
-) -> np.ndarray:          # float64 [maps, 7]
+    maps: np.ndarray,  # float64 [maps, 7]
+    weights,  # six factors for a … f
+) -> np.ndarray:  # float64 [maps, 7]
     "All maps with their coefficients multiplied; `ValueError` unless there are six finite factors."
     factors = np.asarray(weights, float)
-    if factors.shape != (6,) or not np.isfinite(factors).all(): raise ValueError(f'weights={weights!r} should be six finite factors, for a b c d e f')
+    if factors.shape != (6,) or not np.isfinite(factors).all():
+        raise ValueError(f'weights={weights!r} should be six finite factors, for a b c d e f')
     return maps * np.append(factors, 1.0)
 
 # %% ../../nbs/formulas/03_chaos.ipynb #7a30513f
-def as_rgb(image:np.ndarray, draw:str) -> np.ndarray:
+def as_rgb(image: np.ndarray, draw: str) -> np.ndarray:
     "The picture of inks that `draw_cloud` made with `draw` in three channels, uint8 [size, size, 3], as published."
     return PALETTE[image] if draw.endswith('color') else np.repeat(image[..., None], 3, axis=2)
 
+
 def render_ifs(
-    maps,                 # float64 [maps, 7]: a b c d e f p
-    weights=None,         # six factors for a … f; none if None
-    size:int=362,         # side of the picture, pixels
-    points:int=200_000,   # length of the chaos game, the origin included
-    draw:str='patch_gray',# one of `DRAWS`
-    rng=None,             # for the patches; `PythonRandom(0)` if None
-    padding:int=6,        # pixels left free at each border
-) -> np.ndarray:          # uint8 [size, size, 3]
+    maps,  # float64 [maps, 7]: a b c d e f p
+    weights=None,  # six factors for a … f; none if None
+    size: int = 362,  # side of the picture, pixels
+    points: int = 200_000,  # length of the chaos game, the origin included
+    draw: str = 'patch_gray',  # one of `DRAWS`
+    rng=None,  # for the patches; `PythonRandom(0)` if None
+    padding: int = 6,  # pixels left free at each border
+) -> np.ndarray:  # uint8 [size, size, 3]
     "The image that `make_fractaldb.py` saves as `flip0`, to the bit; `ValueError` for maps, weights or a pen that it could not use."
-    if draw not in DRAWS: raise ValueError(f'draw={draw!r} is not known' + did_you_mean(draw, DRAWS))
+    if draw not in DRAWS:
+        raise ValueError(f'draw={draw!r} is not known' + did_you_mean(draw, DRAWS))
     maps = check_category(maps, COLUMNS, 'maps')
-    cloud = play(maps if weights is None else weighted(maps, weights), published_picks(points), workspace(points)[:2])
-    return as_rgb(draw_cloud(cloud, size, draw, PythonRandom(0) if rng is None else rng, padding), draw)
+    cloud = play(
+        maps if weights is None else weighted(maps, weights),
+        published_picks(points),
+        workspace(points)[:2],
+    )
+    return as_rgb(
+        draw_cloud(cloud, size, draw, PythonRandom(0) if rng is None else rng, padding), draw
+    )

@@ -21,15 +21,16 @@ from .formula import Formula, Sample, knob
 @dataclass(frozen=True)
 class ContourCategory:
     "The parameters of a contour class; lengths in pixels. A default leaves its part of the drawing out."
-    vertices: int           # corners of the polygon, at least 3
-    radius: int             # of the circle the corners start on
-    noise: float = 0.0      # strength of the noise that bends a line
-    drift: float = 0.0      # how far each line moves outward besides; `line_width` in the papers
-    lines: int = 1          # how many lines, each bent from the one before
-    oval_x: float = 1.0     # stretch of the circle, across
-    oval_y: float = 1.0     # stretch of the circle, down
-    start_h: float = 0.0    # centre, pixels from the top
-    start_w: float = 0.0    # centre, pixels from the left
+
+    vertices: int  # corners of the polygon, at least 3
+    radius: int  # of the circle the corners start on
+    noise: float = 0.0  # strength of the noise that bends a line
+    drift: float = 0.0  # how far each line moves outward besides; `line_width` in the papers
+    lines: int = 1  # how many lines, each bent from the one before
+    oval_x: float = 1.0  # stretch of the circle, across
+    oval_y: float = 1.0  # stretch of the circle, down
+    start_h: float = 0.0  # centre, pixels from the top
+    start_w: float = 0.0  # centre, pixels from the left
     wave_1: ClassVar[int] = 0
     wave_2: ClassVar[int] = 0
 
@@ -37,20 +38,27 @@ class ContourCategory:
 @dataclass(frozen=True)
 class AtomCategory(ContourCategory):
     "The parameters of a VisualAtom class: a contour's, and two waves."
-    wave_1: int = 0         # periods of the first sine around the line
-    wave_2: int = 0         # periods of the second
+
+    wave_1: int = 0  # periods of the first sine around the line
+    wave_2: int = 0  # periods of the second
 
 # %% ../../nbs/formulas/02_contours.ipynb #dad7997f
 @lru_cache(maxsize=64)
 def corner_table(
-    vertices:int,         # corners, at least 3
-    wave_1:int=0,         # periods of the first sine
-    wave_2:int=0,         # periods of the second
-) -> np.ndarray:          # float64 [4, vertices], read-only
+    vertices: int,  # corners, at least 3
+    wave_1: int = 0,  # periods of the first sine
+    wave_2: int = 0,  # periods of the second
+) -> np.ndarray:  # float64 [4, vertices], read-only
     "Cosine and sine of each corner's angle, then half a sine for each wave; `ValueError` under 3 corners."
-    if vertices < 3: raise ValueError(f'vertices={vertices} makes no polygon; take 3 or more')
+    if vertices < 3:
+        raise ValueError(f'vertices={vertices} makes no polygon; take 3 or more')
     angles = math.pi * 2 / vertices * np.arange(vertices)
-    rows = (math.cos, angles), (math.sin, angles), (math.sin, angles * wave_1), (math.sin, angles * wave_2)
+    rows = (
+        (math.cos, angles),
+        (math.sin, angles),
+        (math.sin, angles * wave_1),
+        (math.sin, angles * wave_2),
+    )
     table = np.array([list(map(function, a.tolist())) for function, a in rows])
     table[2:] *= 0.5
     table.setflags(write=False)
@@ -70,18 +78,25 @@ def _bend(xs, ys, table, noise, strength, gain, drift):
 @dataclass(frozen=True)
 class Contours(Formula):
     "What RCDB and VisualAtom share. A family adds its knobs, `new_category` and `new_instance`."
-    gain: ClassVar[float] = 1.0             # how often the noise counts
-    start_first: ClassVar[bool] = True      # is the centre added before the corners are bent?
-    ranges: ClassVar[tuple] = ()            # pairs of knobs, smallest and largest
-    start_class: ClassVar[int] = 0          # number of the first class
+
+    gain: ClassVar[float] = 1.0  # how often the noise counts
+    start_first: ClassVar[bool] = True  # is the centre added before the corners are bent?
+    ranges: ClassVar[tuple] = ()  # pairs of knobs, smallest and largest
+    start_class: ClassVar[int] = 0  # number of the first class
 
     def __post_init__(self):
         super().__post_init__()
         for low, high in self.ranges:
             a, b = getattr(self, low), getattr(self, high)
-            if a > b: raise ValueError(f'{type(self).__name__}: {low}={a} is above {high}={b}; exchange them or widen the range')
+            if a > b:
+                raise ValueError(
+                    f'{type(self).__name__}: {low}={a} is above {high}={b}; exchange them or widen the range'
+                )
+
     @property
-    def greys(self) -> int: return 256
+    def greys(self) -> int:
+        return 256
+
     def split_start(self, category):
         "The centre (x, y) as added before bending and as added when drawing."
         start, none = (category.start_w, category.start_h), (0.0, 0.0)
@@ -96,15 +111,21 @@ def _add_line(work, places, noise, grey):
     draw_polygon(image, xs + start[0], ys + start[1], min(grey, 255))
 
 # %% ../../nbs/formulas/02_contours.ipynb #aa2193b1
-FIRST_WORD = 8            # of the stream of an image: where its lines begin
+FIRST_WORD = 8  # of the stream of an image: where its lines begin
+
 
 @njit(cache=True, nogil=True)
 def _canonical_lines(work, lines, greys, key, address):
     n = 2 * work[1].size
-    words, places, noise = np.empty(n + 1, np.uint32), np.empty(n, np.float32), np.empty(n, np.float32)
+    words, places, noise = (
+        np.empty(n + 1, np.uint32),
+        np.empty(n, np.float32),
+        np.empty(n, np.float32),
+    )
     for line in range(lines):
         _philox_fill(words, FIRST_WORD + line * (n + 1), key, address)
-        for v in range(n): places[v] = float32(uint32(words[v + 1] >> uint32(8)) * 2.0**-24 * 10000.0)
+        for v in range(n):
+            places[v] = float32(uint32(words[v + 1] >> uint32(8)) * 2.0**-24 * 10000.0)
         _add_line(work, places, noise, int((uint64(words[0]) * uint64(greys)) >> uint64(32)))
 
 # %% ../../nbs/formulas/02_contours.ipynb #e40bbc0c
@@ -116,49 +137,82 @@ def _reference_lines(work, lines, greys, state):
         grey = mt_randbelow(state, greys)
         mt_random(state, reals)
         if work[0].size:
-            for v in range(n): places[v] = float32(10000.0 * reals[v])
+            for v in range(n):
+                places[v] = float32(10000.0 * reals[v])
             _add_line(work, places, noise, grey)
 
 # %% ../../nbs/formulas/02_contours.ipynb #41fefbef
 @patch
-def _work(self:Contours, category, size):
+def _work(self: Contours, category, size):
     inside, outside = self.split_start(category)
     table = corner_table(category.vertices, category.wave_1, category.wave_2)
     xs = table[0] * category.radius * category.oval_x + inside[0]
     ys = table[1] * category.radius * category.oval_y + inside[1]
     image = np.full((size, size), self.background, np.uint8)
-    return image, xs, ys, table, outside, float(category.noise), float(self.gain), float(category.drift)
+    return (
+        image,
+        xs,
+        ys,
+        table,
+        outside,
+        float(category.noise),
+        float(self.gain),
+        float(category.drift),
+    )
+
 
 @patch
-def paint(self:Contours,
-    category:ContourCategory, # any parameters, of this formula or made up
-    c:int,                # class whose random numbers to use
-    k:int,                # instance whose random numbers to use
-) -> np.ndarray:          # uint8 [size, size]
+def paint(
+    self: Contours,
+    category: ContourCategory,  # any parameters, of this formula or made up
+    c: int,  # class whose random numbers to use
+    k: int,  # instance whose random numbers to use
+) -> np.ndarray:  # uint8 [size, size]
     "A picture of `category` with the canonical greys and noise of image (c, k); `IndexError` outside the formula."
     self.check(c, k)
     stream, work = self.instance_stream(self.start_class + c, k), self._work(category, self.size)
-    _canonical_lines(work, category.lines, self.greys, np.uint64(stream.seed), np.array(stream.address, np.uint32))
+    _canonical_lines(
+        work,
+        category.lines,
+        self.greys,
+        np.uint64(stream.seed),
+        np.array(stream.address, np.uint32),
+    )
     return work[0]
 
 # %% ../../nbs/formulas/02_contours.ipynb #08f166d7
 @dataclass(frozen=True)
 class RCDB(Contours):
     "Radial Contour DataBase (Kataoka et al., CVPR 2022; `make_rcdb.py`): dark contours on white."
+
     vertices_max: int = knob(200, 3, 10_000, 'largest number of corners of a class')
     lines_min: int = knob(1, 1, 10_000, 'smallest number of lines; the largest is 199 more')
     noise_min: float = knob(0.0, 0.0, 1000.0, 'smallest noise strength; the largest is 4 more')
     drift: float = knob(0.1, 0.0, 1000.0, 'largest outward drift a line, pixels')
     radius_min: int = knob(0, 0, 100_000, 'smallest radius, pixels; the largest is 100 more')
     oval_max: float = knob(2.0, 1.0, 1000.0, 'largest stretch; the smallest is 1')
-    start_range: int = knob(400, 0, 100_000, 'the centre strays by up to half of this from the middle, pixels')
+    start_range: int = knob(
+        400, 0, 100_000, 'the centre strays by up to half of this from the middle, pixels'
+    )
 
     name = 'rcdb'
     background, gain, start_first = 255, 2.0, False
-    flags = dict(numof_classes='classes', numof_instances='instances', image_size='size', vertex_num='vertices_max', perlin_min='noise_min',
-        line_width='drift', radius_min='radius_min', line_num_min='lines_min', oval_rate='oval_max', start_pos='start_range')
+    flags = dict(
+        numof_classes='classes',
+        numof_instances='instances',
+        image_size='size',
+        vertex_num='vertices_max',
+        perlin_min='noise_min',
+        line_width='drift',
+        radius_min='radius_min',
+        line_num_min='lines_min',
+        oval_rate='oval_max',
+        start_pos='start_range',
+    )
+
     @property
-    def greys(self) -> int: return self.size // 2 + 1
+    def greys(self) -> int:
+        return self.size // 2 + 1
 
 # %% ../../nbs/formulas/02_contours.ipynb #daa427e9
 def _start(formula, rng):
@@ -167,22 +221,34 @@ def _start(formula, rng):
     w = (formula.size + rng.randint(-formula.start_range, formula.start_range)) / 2
     return dict(start_h=h, start_w=w)
 
+
 @patch
-def new_category(self:RCDB,
-    rng,                  # `random.Random` or `CounterRandom`
+def new_category(
+    self: RCDB,
+    rng,  # `random.Random` or `CounterRandom`
 ) -> ContourCategory:
     "The next class that `rng` gives, in the published order of draws."
     vertices = 0
-    while not 2 < vertices <= self.vertices_max: vertices = int(rng.expovariate(1 / 100))
-    lines, noise = rng.randint(self.lines_min, self.lines_min + 199), rng.uniform(self.noise_min, self.noise_min + 4)
-    drift, radius = rng.uniform(0.0, self.drift), rng.randint(self.radius_min, self.radius_min + 100)
+    while not 2 < vertices <= self.vertices_max:
+        vertices = int(rng.expovariate(1 / 100))
+    lines, noise = (
+        rng.randint(self.lines_min, self.lines_min + 199),
+        rng.uniform(self.noise_min, self.noise_min + 4),
+    )
+    drift, radius = (
+        rng.uniform(0.0, self.drift),
+        rng.randint(self.radius_min, self.radius_min + 100),
+    )
     oval_x, oval_y = rng.uniform(1, self.oval_max), rng.uniform(1, self.oval_max)
-    return ContourCategory(vertices, radius, noise, drift, lines, oval_x, oval_y, **_start(self, rng))
+    return ContourCategory(
+        vertices, radius, noise, drift, lines, oval_x, oval_y, **_start(self, rng)
+    )
 
 # %% ../../nbs/formulas/02_contours.ipynb #485f153e
 @patch
-def category(self:Contours,
-    c:int,                # class, 0 … classes - 1
+def category(
+    self: Contours,
+    c: int,  # class, 0 … classes - 1
 ) -> ContourCategory:
     "The parameters of class `c`, from its own random stream; `IndexError` outside the formula."
     self.check(c)
@@ -190,26 +256,30 @@ def category(self:Contours,
 
 # %% ../../nbs/formulas/02_contours.ipynb #f65c03c5
 @patch
-def new_instance(self:RCDB,
-    category:ContourCategory, # of the image before, or of the class
-    rng,                  # `random.Random` or `CounterRandom`
+def new_instance(
+    self: RCDB,
+    category: ContourCategory,  # of the image before, or of the class
+    rng,  # `random.Random` or `CounterRandom`
 ) -> ContourCategory:
     "`category` with stretch, radius and centre drawn anew."
     oval_x, oval_y = rng.uniform(1, self.oval_max), rng.uniform(1, self.oval_max)
     radius = rng.randint(self.radius_min, self.radius_min + 100)
     return replace(category, oval_x=oval_x, oval_y=oval_y, radius=radius, **_start(self, rng))
 
+
 @patch
-def draw(self:Contours, c:int, k:int) -> np.ndarray:
+def draw(self: Contours, c: int, k: int) -> np.ndarray:
     "Image (c, k), uint8 [size, size]: the class's category, for k > 0 redrawn by the instance's stream, painted."
     category = self.category(c)
-    if k: category = self.new_instance(category, self.instance_stream(self.start_class + c, k))
+    if k:
+        category = self.new_instance(category, self.instance_stream(self.start_class + c, k))
     return self.paint(category, c, k)
 
 # %% ../../nbs/formulas/02_contours.ipynb #2ccd19f3
 @dataclass(frozen=True)
 class VisualAtom(Contours):
     "VisualAtom (Takashima et al., CVPR 2023; `render_VisualAtom.py`): light contours with two waves on black."
+
     vertices_min: int = knob(200, 3, 10_000, 'smallest number of corners of a class')
     vertices_max: int = knob(1000, 3, 10_000, 'largest number of corners of a class')
     lines_min: int = knob(1, 1, 10_000, 'smallest number of lines')
@@ -218,118 +288,179 @@ class VisualAtom(Contours):
     drift: float = knob(0.1, 0.0, 1000.0, 'largest outward drift a line, pixels')
     radius_min: int = knob(10, 0, 100_000, 'smallest radius, pixels; the largest is 50 more')
     oval_max: float = knob(2.0, 1.0, 1000.0, 'largest stretch; the smallest is 1')
-    start_range: int = knob(512, 0, 100_000, 'the centre strays by up to half of this from the middle, pixels')
+    start_range: int = knob(
+        512, 0, 100_000, 'the centre strays by up to half of this from the middle, pixels'
+    )
     wave_1_min: int = knob(0, 0, 10_000, 'fewest periods of the first sine')
     wave_1_max: int = knob(20, 0, 10_000, 'most periods of the first sine')
     wave_2_min: int = knob(0, 0, 10_000, 'fewest periods of the second sine')
     wave_2_max: int = knob(20, 0, 10_000, 'most periods of the second sine')
-    start_class: int = knob(0, 0, 2**31, 'number of the first class: 1000 continues a data set of 1000')
+    start_class: int = knob(
+        0, 0, 2**31, 'number of the first class: 1000 continues a data set of 1000'
+    )
 
 # %% ../../nbs/formulas/02_contours.ipynb #c0084680
 VisualAtom.name = 'visualatom'
-VisualAtom.ranges = tuple((f'{name}_min', f'{name}_max') for name in ('vertices', 'lines', 'wave_1', 'wave_2'))
-VisualAtom.flags = dict(numof_classes='classes', numof_instances='instances', image_size='size', start_class='start_class',
-    vertex_num_min='vertices_min', vertex_num_max='vertices_max', line_num_min='lines_min', line_num_max='lines_max', perlin_min='noise_min',
-    line_width='drift', radius_min='radius_min', oval_rate='oval_max', start_pos='start_range',
-    nami_1_min='wave_1_min', nami_1_max='wave_1_max', nami_2_min='wave_2_min', nami_2_max='wave_2_max')
+VisualAtom.ranges = tuple(
+    (f'{name}_min', f'{name}_max') for name in ('vertices', 'lines', 'wave_1', 'wave_2')
+)
+VisualAtom.flags = dict(
+    numof_classes='classes',
+    numof_instances='instances',
+    image_size='size',
+    start_class='start_class',
+    vertex_num_min='vertices_min',
+    vertex_num_max='vertices_max',
+    line_num_min='lines_min',
+    line_num_max='lines_max',
+    perlin_min='noise_min',
+    line_width='drift',
+    radius_min='radius_min',
+    oval_rate='oval_max',
+    start_pos='start_range',
+    nami_1_min='wave_1_min',
+    nami_1_max='wave_1_max',
+    nami_2_min='wave_2_min',
+    nami_2_max='wave_2_max',
+)
 VisualAtom.program_defaults = dict(noise_min=2.0, drift=0.01, radius_min=0)
 
 # %% ../../nbs/formulas/02_contours.ipynb #eda78e5b
 def _waves(formula, rng):
     first = rng.randint(formula.wave_1_min, formula.wave_1_max)
     if first and first == formula.wave_2_min == formula.wave_2_max:
-        raise ValueError(f'VisualAtom: wave_2_min=wave_2_max={first} cannot differ from the first wave, which is {first} too; widen the range')
+        raise ValueError(
+            f'VisualAtom: wave_2_min=wave_2_max={first} cannot differ from the first wave, which is {first} too; widen the range'
+        )
     while True:
         second = rng.randint(formula.wave_2_min, formula.wave_2_max)
-        if first != second or first == 0: return dict(wave_1=first, wave_2=second)
+        if first != second or first == 0:
+            return dict(wave_1=first, wave_2=second)
+
 
 @patch
-def new_category(self:VisualAtom,
-    rng,                  # `random.Random` or `CounterRandom`
+def new_category(
+    self: VisualAtom,
+    rng,  # `random.Random` or `CounterRandom`
 ) -> AtomCategory:
     "The next class that `rng` gives, in the published order of draws; `ValueError` if its waves cannot differ."
-    vertices, lines = rng.randint(self.vertices_min, self.vertices_max), rng.randint(self.lines_min, self.lines_max)
+    vertices, lines = (
+        rng.randint(self.vertices_min, self.vertices_max),
+        rng.randint(self.lines_min, self.lines_max),
+    )
     noise, drift = rng.uniform(self.noise_min, self.noise_min + 4), rng.uniform(0.0, self.drift)
     radius, waves = rng.randint(self.radius_min, self.radius_min + 50), _waves(self, rng)
     oval_x, oval_y = rng.uniform(1, self.oval_max), rng.uniform(1, self.oval_max)
-    return AtomCategory(vertices, radius, noise, drift, lines, oval_x, oval_y, **_start(self, rng), **waves)
+    return AtomCategory(
+        vertices, radius, noise, drift, lines, oval_x, oval_y, **_start(self, rng), **waves
+    )
 
 # %% ../../nbs/formulas/02_contours.ipynb #3a1e25d0
 @patch
-def new_instance(self:VisualAtom,
-    category:AtomCategory, # of the image before, or of the class
-    rng,                  # `random.Random` or `CounterRandom`
+def new_instance(
+    self: VisualAtom,
+    category: AtomCategory,  # of the image before, or of the class
+    rng,  # `random.Random` or `CounterRandom`
 ) -> AtomCategory:
     "`category` with the centre drawn anew."
     return replace(category, **_start(self, rng))
 
 # %% ../../nbs/formulas/02_contours.ipynb #18293a4b
 @patch
-def _stream(self:Contours, thread, threads, size):
+def _stream(self: Contours, thread, threads, size):
     share, rng = int(self.classes / threads), PythonRandom(thread + 1)
     for c in range(self.start_class + thread * share, self.start_class + (thread + 1) * share):
         category = self.new_category(rng)
         for k in range(self.instances):
             work = self._work(category, size)
-            with rng.kernel_state() as state: _reference_lines(work, category.lines, self.greys, state)
+            with rng.kernel_state() as state:
+                _reference_lines(work, category.lines, self.greys, state)
             yield c, k, category, work[0]
             category = self.new_instance(category, rng)
 
+
 @patch
-def _check_thread(self:Contours, thread, threads):
-    if not 0 <= thread < threads: raise ValueError(f'{self.name}: thread={thread} of threads={threads} does not exist; count from 0 to threads - 1')
+def _check_thread(self: Contours, thread, threads):
+    if not 0 <= thread < threads:
+        raise ValueError(
+            f'{self.name}: thread={thread} of threads={threads} does not exist; count from 0 to threads - 1'
+        )
 
 # %% ../../nbs/formulas/02_contours.ipynb #e2edd891
 @patch
-def file(self:RCDB, c:int, k:int, category:ContourCategory) -> str:
+def file(self: RCDB, c: int, k: int, category: ContourCategory) -> str:
     "Where `make_rcdb.py` saves the image, relative to its output folder."
     return f'image/{c:05d}/{c:05d}_{k:04d}.png'
 
+
 @patch
-def file(self:VisualAtom, c:int, k:int, category:ContourCategory) -> str:
+def file(self: VisualAtom, c: int, k: int, category: ContourCategory) -> str:
     "Where `render_VisualAtom.py` saves the image, relative to its output folder."
     return f'{c:05d}/vertex_{category.vertices:04d}_instance_{k:04d}.png'
 
+
 @lru_cache(4096)
-def _category(formula, c): return formula.category(c)
+def _category(formula, c):
+    return formula.category(c)
+
 
 @patch
-def published_file(self:RCDB, c:int, k:int) -> str: return self.file(self.start_class + c, k, None)
+def published_file(self: RCDB, c: int, k: int) -> str:
+    return self.file(self.start_class + c, k, None)
+
 
 @patch
-def published_file(self:VisualAtom, c:int, k:int) -> str: return self.file(self.start_class + c, k, _category(self, c))
+def published_file(self: VisualAtom, c: int, k: int) -> str:
+    return self.file(self.start_class + c, k, _category(self, c))
+
 
 @patch
-def reference(self:Contours,
-    thread:int=0,         # which of the published program's processes
-    threads:int=1,        # how many it was started with
+def reference(
+    self: Contours,
+    thread: int = 0,  # which of the published program's processes
+    threads: int = 1,  # how many it was started with
 ) -> Iterator[Sample]:
     "The published images of one thread, in order, classes numbered from `start_class`; `ValueError` for a thread that does not exist."
     self._check_thread(thread, threads)
-    return (Sample(c, k, image, self.file(c, k, category)) for c, k, category, image in self._stream(thread, threads, self.size))
+    return (
+        Sample(c, k, image, self.file(c, k, category))
+        for c, k, category, image in self._stream(thread, threads, self.size)
+    )
 
 # %% ../../nbs/formulas/02_contours.ipynb #0d120a84
 @patch
-def row(self:ContourCategory) -> dict:
+def row(self: ContourCategory) -> dict:
     "The parameters under their published names, in the published order."
-    return dict(Vertex=self.vertices, Perlin_noise=self.noise, line_width=self.drift, Center_rad=self.radius, Line_num=self.lines,
-        Oval_rate_x=self.oval_x, Oval_rate_y=self.oval_y, start_pos_h=self.start_h, start_pos_w=self.start_w)
+    return dict(
+        Vertex=self.vertices,
+        Perlin_noise=self.noise,
+        line_width=self.drift,
+        Center_rad=self.radius,
+        Line_num=self.lines,
+        Oval_rate_x=self.oval_x,
+        Oval_rate_y=self.oval_y,
+        start_pos_h=self.start_h,
+        start_pos_w=self.start_w,
+    )
+
 
 @patch
-def row(self:AtomCategory) -> dict:
+def row(self: AtomCategory) -> dict:
     "The parameters under RCDB's names, the waves under the names of their flags."
     return ContourCategory.row(self) | dict(nami_1=self.wave_1, nami_2=self.wave_2)
 
+
 @patch
-def csv(self:ContourCategory) -> str:
+def csv(self: ContourCategory) -> str:
     "The text of the class's parameter file: one `name,value` a line."
     return ''.join(f'{name},{value}\n' for name, value in self.row().items())
 
 # %% ../../nbs/formulas/02_contours.ipynb #598bdd21
 @patch
-def reference_categories(self:Contours,
-    thread:int=0,         # which of the published program's processes
-    threads:int=1,        # how many it was started with
+def reference_categories(
+    self: Contours,
+    thread: int = 0,  # which of the published program's processes
+    threads: int = 1,  # how many it was started with
 ) -> Iterator[tuple]:
     "(class, category) as one published thread draws them; images are skipped, their random numbers spent. `ValueError` as `reference`."
     self._check_thread(thread, threads)

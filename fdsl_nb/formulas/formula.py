@@ -20,27 +20,36 @@ from ..core.rng import CATEGORY, INSTANCE, CounterRandom
 
 # %% ../../nbs/formulas/00_formula.ipynb #572c1220
 def knob(
-    default,              # the published best-practice value
-    low=None,             # smallest allowed value
-    high=None,            # largest allowed value
-    help:str='',          # one sentence; units where there are some
-    choices:tuple=(),     # for names: what is allowed
+    default,  # the published best-practice value
+    low=None,  # smallest allowed value
+    high=None,  # largest allowed value
+    help: str = '',  # one sentence; units where there are some
+    choices: tuple = (),  # for names: what is allowed
 ):
     "A dataclass field that knows its range and its help."
-    return field(default=default, metadata=dict(low=low, high=high, help=help, choices=tuple(choices)))
+    return field(
+        default=default, metadata=dict(low=low, high=high, help=help, choices=tuple(choices))
+    )
 
 # %% ../../nbs/formulas/00_formula.ipynb #80aec120
 def check_knob(
-    owner:str,            # whose knob, for the message
-    f:dataclasses.Field,  # the field, made by `knob`
+    owner: str,  # whose knob, for the message
+    f: dataclasses.Field,  # the field, made by `knob`
     value,
 ) -> None:
     "`TypeError` or `ValueError`, naming owner, knob, value and remedy, unless `value` fits the knob."
     expected, meta = type(f.default), f.metadata
-    fits = isinstance(value, (int, float) if expected is float else expected) and (expected is bool) == isinstance(value, bool)
-    if not fits: raise TypeError(f'{owner}: {f.name}={value!r} should be of type {expected.__name__}, for example {f.default!r}')
+    fits = isinstance(value, (int, float) if expected is float else expected) and (
+        expected is bool
+    ) == isinstance(value, bool)
+    if not fits:
+        raise TypeError(
+            f'{owner}: {f.name}={value!r} should be of type {expected.__name__}, for example {f.default!r}'
+        )
     if meta.get('choices') and value not in meta['choices']:
-        raise ValueError(f'{owner}: {f.name}={value!r} is not known' + did_you_mean(value, meta['choices']))
+        raise ValueError(
+            f'{owner}: {f.name}={value!r} is not known' + did_you_mean(value, meta['choices'])
+        )
     low, high = meta.get('low'), meta.get('high')
     if low is not None and not low <= value or high is not None and not value <= high:
         raise ValueError(f'{owner}: {f.name}={value!r} is outside {low} … {high}; {meta["help"]}')
@@ -49,6 +58,7 @@ def check_knob(
 @dataclass(frozen=True)
 class Sample:
     "One drawn image: class, instance, pixels uint8 [size, size] or [size, size, 3], and its published file name."
+
     cls: int
     instance: int
     image: np.ndarray
@@ -58,134 +68,176 @@ class Sample:
 @dataclass(frozen=True)
 class Formula:
     "A formula data set: what is described, not what is stored. Families subclass it; equal fields mean equal pixels."
+
     classes: int = knob(1000, 1, 2**32 - 1, 'number of classes, labelled 0 … classes - 1')
     instances: int = knob(1000, 1, 2**32 - 1, 'images of each class')
     size: int = knob(512, 8, 8192, 'side of the square image, pixels')
     seed: int = knob(0, 0, 2**64 - 1, 'of the canonical random streams')
 
-    name: ClassVar[str] = 'formula'             # as `formula(name)` knows it
-    flags: ClassVar[dict] = {}                  # the published program's flag → our field
-    program_defaults: ClassVar[dict] = {}       # field → the program's own default, where it is not ours
-    background: ClassVar[int] = 0               # grey of the paper
-    by_chance: ClassVar[bool] = False           # does an epoch show one image a class, drawn by lot?
-    category_columns: ClassVar[tuple] = ()      # of a category that is an array, a row an affine map
+    name: ClassVar[str] = 'formula'  # as `formula(name)` knows it
+    flags: ClassVar[dict] = {}  # the published program's flag → our field
+    program_defaults: ClassVar[dict] = {}  # field → the program's own default, where it is not ours
+    background: ClassVar[int] = 0  # grey of the paper
+    by_chance: ClassVar[bool] = False  # does an epoch show one image a class, drawn by lot?
+    category_columns: ClassVar[tuple] = ()  # of a category that is an array, a row an affine map
 
     def __post_init__(self):
         for f in fields(self):
             check_knob(type(self).__name__, f, getattr(self, f.name))
             # 2 and 2.0 are one description, also where it is written out
-            if isinstance(f.default, float): object.__setattr__(self, f.name, float(getattr(self, f.name)))
-    def __len__(self): return self.classes * self.instances
-    def category(self, c:int): raise NotImplementedError
-    def draw(self, c:int, k:int) -> np.ndarray: raise NotImplementedError
+            if isinstance(f.default, float):
+                object.__setattr__(self, f.name, float(getattr(self, f.name)))
+
+    def __len__(self):
+        return self.classes * self.instances
+
+    def category(self, c: int):
+        raise NotImplementedError
+
+    def draw(self, c: int, k: int) -> np.ndarray:
+        raise NotImplementedError
 
 # %% ../../nbs/formulas/00_formula.ipynb #100e8d95
 @patch
-def check(self:Formula, c:int, k:int=0):
+def check(self: Formula, c: int, k: int = 0):
     "`IndexError`, naming the range, unless class `c` and instance `k` exist."
     for name, value, end in (('class', c, self.classes), ('instance', k, self.instances)):
-        if not 0 <= value < end: raise IndexError(f'{self.name}: {name} {value} is not in 0 … {end - 1}')
+        if not 0 <= value < end:
+            raise IndexError(f'{self.name}: {name} {value} is not in 0 … {end - 1}')
+
 
 @patch
-def render(self:Formula,
-    c:int,                # class, 0 … classes - 1
-    k:int,                # instance, 0 … instances - 1
-) -> np.ndarray:          # uint8 [size, size] or [size, size, 3]
+def render(
+    self: Formula,
+    c: int,  # class, 0 … classes - 1
+    k: int,  # instance, 0 … instances - 1
+) -> np.ndarray:  # uint8 [size, size] or [size, size, 3]
     "Image (c, k): a pure function of the formula's fields and these two numbers; `IndexError` outside them."
     self.check(c, k)
     return self.draw(c, k)
 
 # %% ../../nbs/formulas/00_formula.ipynb #02439501
 @patch
-def category_stream(self:Formula, c:int) -> CounterRandom:
+def category_stream(self: Formula, c: int) -> CounterRandom:
     "The random stream that the parameters of class `c` are drawn from."
     return CounterRandom(self.seed, CATEGORY, c)
 
+
 @patch
-def instance_stream(self:Formula, c:int, k:int) -> CounterRandom:
+def instance_stream(self: Formula, c: int, k: int) -> CounterRandom:
     "The random stream that image (c, k) is drawn from."
     return CounterRandom(self.seed, INSTANCE, c, k)
 
 # %% ../../nbs/formulas/00_formula.ipynb #f65819bf
 def show_grid(
-    images,               # nested rows of uint8 arrays, [rows][columns]
-    titles=(),            # one per row
-    scale:float=1.0,      # inches per image
+    images,  # nested rows of uint8 arrays, [rows][columns]
+    titles=(),  # one per row
+    scale: float = 1.0,  # inches per image
 ):
     "Images in a grid without axes, one row a class; returns the matplotlib figure."
     import matplotlib.pyplot as plt
+
     rows, columns = len(images), max(map(len, images))
-    figure, axes = plt.subplots(rows, columns, figsize=(columns * scale, rows * scale), squeeze=False, layout='constrained')
-    for ax in axes.flat: ax.axis('off')
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(columns * scale, rows * scale), squeeze=False, layout='constrained'
+    )
+    for ax in axes.flat:
+        ax.axis('off')
     for row, title in zip(range(rows), (*titles, *[''] * rows)):
         axes[row, 0].set_title(title, fontsize=8, loc='left')
-        for ax, image in zip(axes[row], images[row]): ax.imshow(image, cmap='gray', vmin=0, vmax=255)
+        for ax, image in zip(axes[row], images[row]):
+            ax.imshow(image, cmap='gray', vmin=0, vmax=255)
     return figure
 
 # %% ../../nbs/formulas/00_formula.ipynb #340f8452
 @patch
-def random_view(self:Formula,
-    c:int,                # class, 0 … classes - 1
-    rng,                  # with `randint(low, high)`, both included: `random.Random` or `CounterRandom`
-) -> np.ndarray:          # uint8 [size, size] or [size, size, 3]
+def random_view(
+    self: Formula,
+    c: int,  # class, 0 … classes - 1
+    rng,  # with `randint(low, high)`, both included: `random.Random` or `CounterRandom`
+) -> np.ndarray:  # uint8 [size, size] or [size, size, 3]
     "One of the class's images at random; `IndexError` outside."
     return self.render(c, rng.randint(0, self.instances - 1))
 
 # %% ../../nbs/formulas/00_formula.ipynb #30af99cc
 @patch
-def all_categories(self:Formula,
-    workers:int=1,        # threads, where categories are searched
-) -> list:                # `category(c)` of every class
+def all_categories(
+    self: Formula,
+    workers: int = 1,  # threads, where categories are searched
+) -> list:  # `category(c)` of every class
     "Every class's parameters."
     return [self.category(c) for c in range(self.classes)]
 
+
 @patch
-def category_rows(self:Formula,
-    category,             # as `category(c)` gives it
-) -> list:                # dictionaries, name → value
+def category_rows(
+    self: Formula,
+    category,  # as `category(c)` gives it
+) -> list:  # dictionaries, name → value
     "A category as rows of a table: a dataclass by its fields, an array by its rows, anything else in one cell."
-    if dataclasses.is_dataclass(category): return [dataclasses.asdict(category)]
-    if not (isinstance(category, np.ndarray) and category.ndim == 2): return [dict(category=category)]
+    if dataclasses.is_dataclass(category):
+        return [dataclasses.asdict(category)]
+    if not (isinstance(category, np.ndarray) and category.ndim == 2):
+        return [dict(category=category)]
     names = self.category_columns or [str(n) for n in range(category.shape[1])]
     return [dict(zip(names, row, strict=True)) for row in category.tolist()]
 
 # %% ../../nbs/formulas/00_formula.ipynb #972b37d8
 @patch
-def published_file(self:Formula,
-    c:int,                # class, 0 … classes - 1
-    k:int,                # instance, 0 … instances - 1
-) -> str:                 # relative to the published output folder
+def published_file(
+    self: Formula,
+    c: int,  # class, 0 … classes - 1
+    k: int,  # instance, 0 … instances - 1
+) -> str:  # relative to the published output folder
     "What the published program calls image (c, k); `ValueError` for a family without published names."
-    raise ValueError(f"layout='published': {self.name} has no published file names; choose layout='plain' or 'shards'")
+    raise ValueError(
+        f"layout='published': {self.name} has no published file names; choose layout='plain' or 'shards'"
+    )
 
 # %% ../../nbs/formulas/00_formula.ipynb #795a3bab
 @patch
-def spec(self:Formula) -> dict:
+def spec(self: Formula) -> dict:
     "The description as plain data: `formula` (its registry name) and every field."
     return {'formula': self.name, **dataclasses.asdict(self)}
 
+
 @patch
-def fingerprint(self:Formula) -> str:
+def fingerprint(self: Formula) -> str:
     "Twelve hex digits of the SHA-256 of `spec()`: equal for equal descriptions."
-    return hashlib.sha256(json.dumps(self.spec(), sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return hashlib.sha256(
+        json.dumps(self.spec(), sort_keys=True, default=str).encode()
+    ).hexdigest()[:12]
 
 # %% ../../nbs/formulas/00_formula.ipynb #75e60362
 @patch(cls_method=True)
-def from_flags(cls:Formula,
-    **flags,              # the published program's flags, without dashes
+def from_flags(
+    cls: Formula,
+    **flags,  # the published program's flags, without dashes
 ):
     "The formula that the published program would draw; `TypeError` for a flag it does not have."
     unknown = set(flags) - set(cls.flags)
     if unknown:
         flag = sorted(unknown)[0]
         hint = '; pass it to reference()' if 'thread' in flag else did_you_mean(flag, cls.flags)
-        raise TypeError(f'{cls.__name__}.from_flags: {flag}={flags[flag]!r} is not a flag of the published program{hint}')
+        raise TypeError(
+            f'{cls.__name__}.from_flags: {flag}={flags[flag]!r} is not a flag of the published program{hint}'
+        )
     return cls(**{**cls.program_defaults, **{cls.flags[f]: v for f, v in flags.items()}})
 
 # %% ../../nbs/formulas/00_formula.ipynb #267c9302
-GROUP = 'fdsl_nb.formulas'    # of the entry points
-PUBLISHED = ('rcdb', 'visualatom', 'fractaldb', 'ofdb2d', 'onepfrac', 'exfractaldb', 'mvfractaldb', 'ofdb3d')    # in the order in which they are listed
-_registered = {}              # name → class, by `@register`
+GROUP = 'fdsl_nb.formulas'  # of the entry points
+PUBLISHED = (
+    'rcdb',
+    'visualatom',
+    'fractaldb',
+    'ofdb2d',
+    'onepfrac',
+    'exfractaldb',
+    'mvfractaldb',
+    'ofdb3d',
+)  # in the order in which they are listed
+_registered = {}  # name → class, by `@register`
+
 
 @lru_cache
 def _entered() -> dict:
@@ -193,6 +245,7 @@ def _entered() -> dict:
     found = sorted(entry_points(group=GROUP), key=lambda e: not e.module.startswith('fdsl_nb.'))
     by_name = {e.name: e for e in reversed(found)}
     return {n: by_name[n] for n in (*PUBLISHED, *(e.name for e in found)) if n in by_name}
+
 
 def formulas() -> list:
     "Names of all known formulas, the published ones first."
@@ -203,61 +256,100 @@ def family_of(cls) -> str:
     "`module:Class` of a family."
     return f'{cls.__module__}:{cls.__qualname__}'
 
+
 def register(cls):
     "Class decorator: makes a `Formula` subclass known by its `name`; `ValueError` if the name is another family's."
     entry, known = _entered().get(cls.name), _registered.get(cls.name, cls)
-    def refuse(other): raise ValueError(f'{cls.__name__}: the name {cls.name!r} is taken by {other}; give the class another name')
-    if entry and entry.value != family_of(cls): refuse(entry.value)
-    if known.__qualname__ != cls.__qualname__: refuse(known)
+
+    def refuse(other):
+        raise ValueError(
+            f'{cls.__name__}: the name {cls.name!r} is taken by {other}; give the class another name'
+        )
+
+    if entry and entry.value != family_of(cls):
+        refuse(entry.value)
+    if known.__qualname__ != cls.__qualname__:
+        refuse(known)
     _registered[cls.name] = cls
     return cls
 
 # %% ../../nbs/formulas/00_formula.ipynb #7b355c14
-def _loaded(entry:EntryPoint):
+def _loaded(entry: EntryPoint):
     "What an entry point leads to; `ImportError` names the package whose module fails."
-    try: return entry.load()
+    try:
+        return entry.load()
     except (ImportError, AttributeError) as e:
-        raise ImportError(f'formula={entry.name!r}: {entry.value} of the package {entry.dist.name} cannot be loaded ({e}); install that package anew, or remove it') from e
+        raise ImportError(
+            f'formula={entry.name!r}: {entry.value} of the package {entry.dist.name} cannot be loaded ({e}); install that package anew, or remove it'
+        ) from e
+
 
 def _not_installed():
-    return '' if _entered() else '; no package enters any formula: install fdsl_nb anew (pip install -e .), so that its entry points are known'
+    return (
+        ''
+        if _entered()
+        else '; no package enters any formula: install fdsl_nb anew (pip install -e .), so that its entry points are known'
+    )
+
 
 def formula_class(
-    name:str,             # a registered name, or 'module:Class'
+    name: str,  # a registered name, or 'module:Class'
 ):
     "The family's class; `ValueError` names the nearest known name."
-    if name in _registered: return _registered[name]
-    if name in _entered(): found = _loaded(_entered()[name])
+    if name in _registered:
+        return _registered[name]
+    if name in _entered():
+        found = _loaded(_entered()[name])
     elif ':' in name:
         module, attribute = name.split(':')
         found = getattr(import_module(module), attribute, None)
-    else: raise ValueError(f'formula={name!r} is not known' + (_not_installed() or did_you_mean(name, formulas())))
-    if isinstance(found, type) and issubclass(found, Formula): return found
-    raise TypeError(f'formula={name!r} is no Formula; name a subclass of fdsl_nb.formulas.formula.Formula as module:Class')
+    else:
+        raise ValueError(
+            f'formula={name!r} is not known' + (_not_installed() or did_you_mean(name, formulas()))
+        )
+    if isinstance(found, type) and issubclass(found, Formula):
+        return found
+    raise TypeError(
+        f'formula={name!r} is no Formula; name a subclass of fdsl_nb.formulas.formula.Formula as module:Class'
+    )
+
 
 def formula(
-    name:str,             # a name from `formulas()`, or 'module:Class'
-    **knobs,              # fields of the family that differ from their defaults
+    name: str,  # a name from `formulas()`, or 'module:Class'
+    **knobs,  # fields of the family that differ from their defaults
 ) -> Formula:
     "A formula by name; `ValueError` or `TypeError` names an unknown formula, knob or value."
     cls = formula_class(name)
     for k in knobs:
-        if k not in {f.name for f in fields(cls)}: raise TypeError(f'{name}: {k}={knobs[k]!r} is not a knob' + did_you_mean(k, [f.name for f in fields(cls)]))
+        if k not in {f.name for f in fields(cls)}:
+            raise TypeError(
+                f'{name}: {k}={knobs[k]!r} is not a knob'
+                + did_you_mean(k, [f.name for f in fields(cls)])
+            )
     return cls(**knobs)
 
 # %% ../../nbs/formulas/00_formula.ipynb #2bbad1e5
 def described_formula(
-    said:dict,            # what `spec()` gave, read from a file; `family` beside it is compared, never imported
-    place:str,            # which file, for the message
+    said: dict,  # what `spec()` gave, read from a file; `family` beside it is compared, never imported
+    place: str,  # which file, for the message
 ) -> Formula:
     "The formula that a file describes; `ValueError` unless its family is registered."
-    knobs, name = {k: v for k, v in said.items() if k not in ('formula', 'family', 'fingerprint')}, said.get('formula')
+    knobs, name = (
+        {k: v for k, v in said.items() if k not in ('formula', 'family', 'fingerprint')},
+        said.get('formula'),
+    )
     known = isinstance(name, str) and name in formulas()
-    if not known or said.get('family', family_of(formula_class(name))) != family_of(formula_class(name)):
-        raise ValueError(f'{place}: formula={name!r} of {said.get("family", "no family")!r} is not registered, and a file imports nothing; '
-            'import its module yourself, with @register before the class, or give the formula')
-    try: return formula(name, **knobs)
-    except (TypeError, ValueError) as e: raise ValueError(f'{place}: {e}') from None
+    if not known or said.get('family', family_of(formula_class(name))) != family_of(
+        formula_class(name)
+    ):
+        raise ValueError(
+            f'{place}: formula={name!r} of {said.get("family", "no family")!r} is not registered, and a file imports nothing; '
+            'import its module yourself, with @register before the class, or give the formula'
+        )
+    try:
+        return formula(name, **knobs)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f'{place}: {e}') from None
 
 # %% ../../nbs/formulas/00_formula.ipynb #c73b14fa
 def knobs(cls) -> list:

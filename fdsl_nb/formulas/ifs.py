@@ -17,20 +17,40 @@ from fastcore.basics import patch
 from ..core.rng import CATEGORY, CounterRandom, PythonRandom
 from .formula import Formula, Sample, knob
 from .categories import load_categories
-from .chaos import COLUMNS, DRAWS, PALETTE, draw_cloud, play, published_picks, render_ifs, weighted, workspace
-from .ifs_search import TRIES, canonical_categories, canonical_category, canonical_picks, check_rate, published_categories, search_categories
+from fdsl_nb.formulas.chaos import (
+    COLUMNS,
+    DRAWS,
+    PALETTE,
+    draw_cloud,
+    play,
+    published_picks,
+    render_ifs,
+    weighted,
+    workspace,
+)
+from fdsl_nb.formulas.ifs_search import (
+    TRIES,
+    canonical_categories,
+    canonical_category,
+    canonical_picks,
+    check_rate,
+    published_categories,
+    search_categories,
+)
 
 # %% ../../nbs/formulas/05_ifs.ipynb #1f2bdc0d
 @lru_cache(16)
 def weight_table(
-    weight:float=0.4,     # W; published: 0.0125 0.025 0.05 0.1 0.2 0.3 0.4 0.5
-) -> np.ndarray:          # float64 [25, 6]
+    weight: float = 0.4,  # W; published: 0.0125 0.025 0.05 0.1 0.2 0.3 0.4 0.5
+) -> np.ndarray:  # float64 [25, 6]
     "FractalDB's `weights_W.csv`: row 2 is all ones, each other row scales one of a … f."
     rows = []
     for column in range(6):
         for k in (-2, -1, 0, 1, 2) if column == 0 else (-2, -1, 1, 2):
             # rounded to the decimals of the published files
-            rows.append([round(max(1 + weight * k, 0.01), 10) if i == column else 1.0 for i in range(6)])
+            rows.append(
+                [round(max(1 + weight * k, 0.01), 10) if i == column else 1.0 for i in range(6)]
+            )
     table = np.array(rows)
     table.flags.writeable = False
     return table
@@ -38,30 +58,39 @@ def weight_table(
 # %% ../../nbs/formulas/05_ifs.ipynb #0ad67e08
 class Variant(NamedTuple):
     "What sets an instance apart: its row of weights, its flip (0 none, 1 top-bottom, 2 left-right, 3 both), its patch draw."
+
     weight_row: int
     flip: int
     patch_draw: int
 
-def flipped(image:np.ndarray, flip:int) -> np.ndarray:
+
+def flipped(image: np.ndarray, flip: int) -> np.ndarray:
     "The image mirrored as FractalDB's `flip0` … `flip3` are."
-    return np.ascontiguousarray(image[::-1 if flip & 1 else 1, ::-1 if flip & 2 else 1])
+    return np.ascontiguousarray(image[:: -1 if flip & 1 else 1, :: -1 if flip & 2 else 1])
 
 # %% ../../nbs/formulas/05_ifs.ipynb #a330248f
 @dataclass(frozen=True)
 class FractalDB(Formula):
     "FractalDB (Kataoka et al., ACCV 2020): searched systems of affine maps, 25 weights × 4 flips × patch draws of each."
+
     size: int = knob(362, 8, 8192, 'side of the square image, pixels')
     points: int = knob(200_000, 200, 2**31, 'length of the chaos game')
     weight: float = knob(0.4, 0.0, 0.5, 'W: how far the 25 instances bend the maps')
-    draw_type: str = knob('patch_gray', choices=DRAWS, help='pen and ink; without random patches, instances repeat after 100')
+    draw_type: str = knob(
+        'patch_gray',
+        choices=DRAWS,
+        help='pen and ink; without random patches, instances repeat after 100',
+    )
     padding: int = knob(6, 1, 4000, 'free pixels at each border')
     rate: float = knob(0.2, 0.0, 1.0, 'share of the test plot that a category must fill')
     search_points: int = knob(100_000, 200, 2**31, 'points of the test plot')
-    categories: str = knob('canonical', help="'canonical', 'published', or the path of a folder or table of categories")
+    categories: str = knob(
+        'canonical', help="'canonical', 'published', or the path of a folder or table of categories"
+    )
 
     name: ClassVar[str] = 'fractaldb'
     category_columns: ClassVar[tuple] = COLUMNS
-    rows: ClassVar[int] = 25                # of the weight table
+    rows: ClassVar[int] = 25  # of the weight table
     flips: ClassVar[int] = 4
 
 # %% ../../nbs/formulas/05_ifs.ipynb #af312401
@@ -70,43 +99,70 @@ def _own_categories(path, _changed):
     categories = load_categories(path, COLUMNS)
     for c, maps in enumerate(categories):
         # a point past a billion never lights more than a few pixels
-        try: runaway = max(abs(v) for low_high in play(maps, canonical_picks(0, 20_000))[2:] for v in low_high) > 1e9
-        except ValueError: runaway = True
-        if runaway: raise ValueError(f'{path}: class {c} diverges; give maps that shrink on the whole')
+        try:
+            runaway = (
+                max(
+                    abs(v)
+                    for low_high in play(maps, canonical_picks(0, 20_000))[2:]
+                    for v in low_high
+                )
+                > 1e9
+            )
+        except ValueError:
+            runaway = True
+        if runaway:
+            raise ValueError(f'{path}: class {c} diverges; give maps that shrink on the whole')
     return categories
 
-def _own(path): return _own_categories(str(path), Path(path).stat().st_mtime if Path(path).exists() else None)
+
+def _own(path):
+    return _own_categories(str(path), Path(path).stat().st_mtime if Path(path).exists() else None)
+
 
 @patch
-def __post_init__(self:FractalDB):
+def __post_init__(self: FractalDB):
     Formula.__post_init__(self)
     check_rate(self.rate, self.search_points)
-    if 2 * self.padding >= self.size: raise ValueError(f'{self.name}: padding={self.padding} leaves nothing of size={self.size}; give less than half')
-    if self.categories in ('canonical', 'published'): return
+    if 2 * self.padding >= self.size:
+        raise ValueError(
+            f'{self.name}: padding={self.padding} leaves nothing of size={self.size}; give less than half'
+        )
+    if self.categories in ('canonical', 'published'):
+        return
     there = len(_own(self.categories))
-    if there < self.classes: raise ValueError(f'{self.name}: classes={self.classes}, but {self.categories} holds {there}; give at most that many')
+    if there < self.classes:
+        raise ValueError(
+            f'{self.name}: classes={self.classes}, but {self.categories} holds {there}; give at most that many'
+        )
 
 # %% ../../nbs/formulas/05_ifs.ipynb #eeb2a737
 @patch
-def category(self:FractalDB, c:int) -> np.ndarray:
+def category(self: FractalDB, c: int) -> np.ndarray:
     "The maps of class `c`: float64 [maps, 7], a b c d e f p."
-    if self.categories == 'canonical': return canonical_category(self.seed, c, self.rate, self.search_points)
-    if self.categories == 'published': return published_categories(self.rate, self.search_points).upto(c + 1)[c]
+    if self.categories == 'canonical':
+        return canonical_category(self.seed, c, self.rate, self.search_points)
+    if self.categories == 'published':
+        return published_categories(self.rate, self.search_points).upto(c + 1)[c]
     return _own(self.categories)[c]
 
 # %% ../../nbs/formulas/05_ifs.ipynb #9d9dd4da
 @patch
-def variant(self:FractalDB, k:int) -> Variant:
+def variant(self: FractalDB, k: int) -> Variant:
     "Which weights, flip and patch draw instance `k` has."
     rest, row = divmod(k, self.rows)
     draw, flip = divmod(rest, self.flips)
     return Variant(row, flip, draw)
 
+
 @patch
-def draw(self:FractalDB, c:int, k:int) -> np.ndarray:
+def draw(self: FractalDB, c: int, k: int) -> np.ndarray:
     "Image (c, k): uint8 [size, size], or [size, size, 3] where ink is coloured."
     row, flip, draw = self.variant(k)
-    cloud = play(weighted(self.category(c), weight_table(self.weight)[row]), canonical_picks(self.seed, self.points), workspace(self.points)[:2])
+    cloud = play(
+        weighted(self.category(c), weight_table(self.weight)[row]),
+        canonical_picks(self.seed, self.points),
+        workspace(self.points)[:2],
+    )
     # the four flips are of one picture, so their patches come from one stream, that of the unflipped instance
     patches = self.instance_stream(c, row + self.rows * self.flips * draw)
     image = flipped(draw_cloud(cloud, self.size, self.draw_type, patches, self.padding), flip)
@@ -114,73 +170,125 @@ def draw(self:FractalDB, c:int, k:int) -> np.ndarray:
 
 # %% ../../nbs/formulas/05_ifs.ipynb #6442c6ad
 @patch
-def all_categories(self:FractalDB,
-    workers:int=1,        # threads
-) -> list:                # an array float64 [maps, 7] a class
+def all_categories(
+    self: FractalDB,
+    workers: int = 1,  # threads
+) -> list:  # an array float64 [maps, 7] a class
     "All categories; canonical ones are searched in parallel, published ones in their order, and both are kept on disk."
-    if self.categories == 'published': return published_categories(self.rate, self.search_points).upto(self.classes)
-    if self.categories != 'canonical': return _own(self.categories)[:self.classes]
+    if self.categories == 'published':
+        return published_categories(self.rate, self.search_points).upto(self.classes)
+    if self.categories != 'canonical':
+        return _own(self.categories)[: self.classes]
     return canonical_categories(self.classes, self.seed, self.rate, self.search_points, workers)
 
 # %% ../../nbs/formulas/05_ifs.ipynb #0151cfd3
 @patch
-def fingerprint(self:FractalDB) -> str:
+def fingerprint(self: FractalDB) -> str:
     "Twelve hex digits: equal for equal descriptions and, where categories come from a file, equal categories."
     base = Formula.fingerprint(self)
-    if self.categories in ('canonical', 'published'): return base
-    return hashlib.sha256(base.encode() + b''.join(m.tobytes() for m in _own(self.categories))).hexdigest()[:12]
+    if self.categories in ('canonical', 'published'):
+        return base
+    return hashlib.sha256(
+        base.encode() + b''.join(m.tobytes() for m in _own(self.categories))
+    ).hexdigest()[:12]
 
 # %% ../../nbs/formulas/05_ifs.ipynb #a58109a0
 @patch
-def published_file(self:FractalDB, c:int, k:int) -> str:
+def published_file(self: FractalDB, c: int, k: int) -> str:
     row, flip, count = self.variant(k)
     return f'{c:05d}/{c:05d}_{row:02d}_count_{count}_flip{flip}.png'
 
+
 def _only_thread(name, thread, threads):
-    if (thread, threads) != (0, 1): raise ValueError(f'{name}: thread={thread} of threads={threads}; the published program has one stream: 0 of 1')
+    if (thread, threads) != (0, 1):
+        raise ValueError(
+            f'{name}: thread={thread} of threads={threads}; the published program has one stream: 0 of 1'
+        )
+
 
 @patch
-def reference(self:FractalDB, thread:int=0, threads:int=1):
+def reference(self: FractalDB, thread: int = 0, threads: int = 1):
     "Yields the published images, three channels, in the published order and with the published names, the first `instances` of each class."
     _only_thread(self.name, thread, threads)
     rng, table = PythonRandom(self.seed), weight_table(self.weight)
-    draws = -(-self.instances // (self.rows * self.flips)) if self.draw_type in ('patch_gray', 'patch_color') else 1
+    draws = (
+        -(-self.instances // (self.rows * self.flips))
+        if self.draw_type in ('patch_gray', 'patch_color')
+        else 1
+    )
     for c in range(self.classes):
-        maps = _own(self.categories)[c] if self.categories not in ('canonical', 'published') else published_categories(self.rate, self.search_points).upto(c + 1)[c]
+        maps = (
+            _own(self.categories)[c]
+            if self.categories not in ('canonical', 'published')
+            else published_categories(self.rate, self.search_points).upto(c + 1)[c]
+        )
         for i in range(self.rows * draws):
             row, count = divmod(i, draws)
             # images beyond `instances` are drawn too, since the stream runs through them
-            image = render_ifs(maps, table[row], self.size, self.points, self.draw_type, rng, self.padding)
+            image = render_ifs(
+                maps, table[row], self.size, self.points, self.draw_type, rng, self.padding
+            )
             for flip in range(min(self.flips, self.instances - i * self.flips)):
-                yield Sample(c, i * self.flips + flip, flipped(image, flip), f'{c:05d}/{c:05d}_{row:02d}_count_{count}_flip{flip}.png')
+                yield Sample(
+                    c,
+                    i * self.flips + flip,
+                    flipped(image, flip),
+                    f'{c:05d}/{c:05d}_{row:02d}_count_{count}_flip{flip}.png',
+                )
 
 # %% ../../nbs/formulas/05_ifs.ipynb #db01d60b
-FractalDB.flags = dict(category='classes', rate='rate', numof_point='search_points', load_root='categories', image_size_x='size', image_size_y='size',
-    pad_size_x='padding', pad_size_y='padding', iteration='points', draw_type='draw_type', weight_csv='weight', instance='instances')
+FractalDB.flags = dict(
+    category='classes',
+    rate='rate',
+    numof_point='search_points',
+    load_root='categories',
+    image_size_x='size',
+    image_size_y='size',
+    pad_size_x='padding',
+    pad_size_y='padding',
+    iteration='points',
+    draw_type='draw_type',
+    weight_csv='weight',
+    instance='instances',
+)
 FractalDB.program_defaults = dict(size=512, points=100_000, weight=0.1, categories='published')
+
 
 def _square(name, flags):
     "Both axes of a picture must agree: ours are square."
     for axis in ('image_size', 'pad_size'):
         x, y = (flags.get(f'{axis}_{a}') for a in 'xy')
-        if None not in (x, y) and x != y: raise ValueError(f'{name}.from_flags: {axis}_x={x} and {axis}_y={y} differ; give one value for both')
+        if None not in (x, y) and x != y:
+            raise ValueError(
+                f'{name}.from_flags: {axis}_x={x} and {axis}_y={y} differ; give one value for both'
+            )
+
 
 def _table_weight(name):
     found = re.search(r'weights_(\d*\.?\d+)\.csv$', str(name))
-    if not found: raise ValueError(f'FractalDB.from_flags: weight_csv={name!r} is not a published table; write weights_W.csv, for example weights_0.4.csv')
+    if not found:
+        raise ValueError(
+            f'FractalDB.from_flags: weight_csv={name!r} is not a published table; write weights_W.csv, for example weights_0.4.csv'
+        )
     return float(found[1])
 
 # %% ../../nbs/formulas/05_ifs.ipynb #54261091
 @patch(cls_method=True)
-def from_flags(cls:FractalDB,
-    **flags,              # of `ifs_search.py` and the renderer, without dashes
+def from_flags(
+    cls: FractalDB,
+    **flags,  # of `ifs_search.py` and the renderer, without dashes
 ):
     "The formula that the published programs would draw; `TypeError` for a flag they do not have, `ValueError` for a value we cannot draw."
     flags = {f: v for f, v in flags.items() if f not in ('save_root', 'save_dir')}
     _square(cls.__name__, flags)
-    if 'weight_csv' in flags: flags['weight_csv'] = _table_weight(flags['weight_csv'])
+    if 'weight_csv' in flags:
+        flags['weight_csv'] = _table_weight(flags['weight_csv'])
     if cls.flips > 1:
-        drawn = flags.get('instance', 10) if flags.get('draw_type', 'patch_gray').startswith('patch') else 1
+        drawn = (
+            flags.get('instance', 10)
+            if flags.get('draw_type', 'patch_gray').startswith('patch')
+            else 1
+        )
         flags['instance'] = drawn * cls.rows * cls.flips
     return super(FractalDB, cls).from_flags(**flags)
 
@@ -188,7 +296,10 @@ def from_flags(cls:FractalDB,
 @dataclass(frozen=True)
 class OFDB2D(FractalDB):
     "2D-OFDB (Nakamura et al., ICCV 2023): the first image of each FractalDB class, and no other."
-    instances: int = knob(1, 1, 2**32 - 1, 'images of each class; 1 by definition, more are further patch draws')
+
+    instances: int = knob(
+        1, 1, 2**32 - 1, 'images of each class; 1 by definition, more are further patch draws'
+    )
 
     name: ClassVar[str] = 'ofdb2d'
     rows: ClassVar[int] = 1
@@ -209,15 +320,20 @@ def _stretches(maps, sigma, rng):
 
 # %% ../../nbs/formulas/05_ifs.ipynb #2d99e87e
 def sample_system(
-    maps:int,             # number of maps, n
-    sigma:float,          # centre of the σ-factor's range, inside 0 … 3n
-    rng,                  # a `numpy.random.Generator` (published), or a `CounterRandom`
-    spread:float=0.1,     # σ is drawn from sigma ± spread
-) -> tuple:               # float64 [maps, 2, 3], and the σ drawn
+    maps: int,  # number of maps, n
+    sigma: float,  # centre of the σ-factor's range, inside 0 … 3n
+    rng,  # a `numpy.random.Generator` (published), or a `CounterRandom`
+    spread: float = 0.1,  # σ is drawn from sigma ± spread
+) -> tuple:  # float64 [maps, 2, 3], and the σ drawn
     "A contractive system as 1p-frac samples it (after Anderson and Farrell, WACV 2022); `ValueError` for an impossible σ."
     if maps < 1 or not spread <= sigma <= 3 * maps - spread:
-        raise ValueError(f'sigma={sigma} with maps={maps} is impossible: sigma ± {spread} must lie in 0 … {3 * maps}')
-    draws = lambda n, low, high: np.array([rng.uniform(low, high) for _ in range(n)])
+        raise ValueError(
+            f'sigma={sigma} with maps={maps} is impossible: sigma ± {spread} must lie in 0 … {3 * maps}'
+        )
+
+    def draws(n, low, high):
+        return np.array([rng.uniform(low, high) for _ in range(n)])
+
     signs = np.sign(draws(4 * maps, 0, 1).reshape(2 * maps, 2, 1) - 0.5) * np.eye(2)
     angles = draws(2 * maps, -np.pi, np.pi)
     cos, sin = np.cos(angles), np.sin(angles)
@@ -230,8 +346,8 @@ def sample_system(
 
 # %% ../../nbs/formulas/05_ifs.ipynb #f2393c03
 def with_probabilities(
-    system:np.ndarray,    # float64 [maps, 2, 3]: rows (a b e), (c d f)
-) -> np.ndarray:          # float64 [maps, 7]: a b c d e f p
+    system: np.ndarray,  # float64 [maps, 2, 3]: rows (a b e), (c d f)
+) -> np.ndarray:  # float64 [maps, 7]: a b c d e f p
     "The system in FractalDB's columns, each map chosen by the area it covers, p ∝ |det|."
     system = np.asarray(system, float)
     area = abs(np.linalg.det(system[:, :, :2]))
@@ -239,10 +355,10 @@ def with_probabilities(
 
 # %% ../../nbs/formulas/05_ifs.ipynb #65a041fe
 def disturbed(
-    maps:np.ndarray,      # float64 [maps, 7]
-    delta:float,          # Δ: factors lie in 1 - Δ … 1 + Δ
-    rng,                  # `PythonRandom` (published) or `CounterRandom`
-) -> np.ndarray:          # float64 [maps, 7]
+    maps: np.ndarray,  # float64 [maps, 7]
+    delta: float,  # Δ: factors lie in 1 - Δ … 1 + Δ
+    rng,  # `PythonRandom` (published) or `CounterRandom`
+) -> np.ndarray:  # float64 [maps, 7]
     "The system with each coefficient multiplied by a factor of its own, map by map, a to f; the probabilities stay."
     factors = [[rng.uniform(1 - delta, 1 + delta) for _ in range(6)] + [1.0] for _ in maps]
     return maps * factors
@@ -251,7 +367,10 @@ def disturbed(
 @dataclass(frozen=True)
 class OnePFrac(Formula):
     "1p-frac (Nakamura et al., ECCV 2024): one sampled system; a class is a small disturbance of it."
-    instances: int = knob(1, 1, 2**32 - 1, 'images of each class; 1 as published, more are further patch draws')
+
+    instances: int = knob(
+        1, 1, 2**32 - 1, 'images of each class; 1 as published, more are further patch draws'
+    )
     size: int = knob(512, 8, 8192, 'side of the square image, pixels')
     points: int = knob(100_000, 200, 2**31, 'length of the chaos game')
     maps: int = knob(2, 2, 16, 'affine maps of the one system')
@@ -263,76 +382,123 @@ class OnePFrac(Formula):
 
     name: ClassVar[str] = 'onepfrac'
     category_columns: ClassVar[tuple] = COLUMNS
-    spread: ClassVar[float] = 0.1           # of the σ-factor, fixed in the published program
+    spread: ClassVar[float] = 0.1  # of the σ-factor, fixed in the published program
 
     def __post_init__(self):
         super().__post_init__()
-        if 2 * self.padding >= self.size: raise ValueError(f'onepfrac: padding={self.padding} leaves nothing of size={self.size}; give less than half')
+        if 2 * self.padding >= self.size:
+            raise ValueError(
+                f'onepfrac: padding={self.padding} leaves nothing of size={self.size}; give less than half'
+            )
         if not self.spread <= self.sigma <= 3 * self.maps - self.spread:
-            raise ValueError(f'onepfrac: sigma={self.sigma} is impossible with maps={self.maps}; give {self.spread} … {3 * self.maps - self.spread}')
+            raise ValueError(
+                f'onepfrac: sigma={self.sigma} is impossible with maps={self.maps}; give {self.spread} … {3 * self.maps - self.spread}'
+            )
 
 # %% ../../nbs/formulas/05_ifs.ipynb #9331bed6
 @lru_cache(8)
 def _system(seed, maps, sigma, spread):
-    return with_probabilities(np.round(sample_system(maps, sigma, CounterRandom(seed, CATEGORY, 0, 2), spread)[0], 12))
+    return with_probabilities(
+        np.round(sample_system(maps, sigma, CounterRandom(seed, CATEGORY, 0, 2), spread)[0], 12)
+    )
+
 
 @patch
-def system(self:OnePFrac) -> np.ndarray:
+def system(self: OnePFrac) -> np.ndarray:
     "The one system all classes come from: float64 [maps, 7]."
     return _system(self.seed, self.maps, self.sigma, self.spread).copy()
 
+
 @patch
-def _first_lit(self:OnePFrac, base, disturbances, patches, picks):
+def _first_lit(self: OnePFrac, base, disturbances, patches, picks):
     "The first disturbance that lights enough, and its picture; `patches` gives the stream of each try."
     for _ in range(TRIES):
         maps = disturbed(base, self.delta, disturbances)
-        image = draw_cloud(play(maps, picks, workspace(self.points)[:2]), self.size, 'patch_fill' if self.mask_mode == 'fill' else 'patch_gray', patches(), self.padding)
-        if np.count_nonzero(image) / image.size > self.pixel_threshold: return maps, image
-    raise ValueError(f'onepfrac: no disturbance of the system of seed={self.seed} lights {self.pixel_threshold} of its pixels; give another seed, or a larger sigma')
+        image = draw_cloud(
+            play(maps, picks, workspace(self.points)[:2]),
+            self.size,
+            'patch_fill' if self.mask_mode == 'fill' else 'patch_gray',
+            patches(),
+            self.padding,
+        )
+        if np.count_nonzero(image) / image.size > self.pixel_threshold:
+            return maps, image
+    raise ValueError(
+        f'onepfrac: no disturbance of the system of seed={self.seed} lights {self.pixel_threshold} of its pixels; give another seed, or a larger sigma'
+    )
 
 # %% ../../nbs/formulas/05_ifs.ipynb #008d6e43
 @lru_cache(8)
 def _disturbed_class(formula, c):
     picks = canonical_picks(formula.seed, formula.points)
-    return formula._first_lit(formula.system(), formula.category_stream(c), lambda: formula.instance_stream(c, 0), picks)
+    return formula._first_lit(
+        formula.system(), formula.category_stream(c), lambda: formula.instance_stream(c, 0), picks
+    )
+
 
 @patch
-def category(self:OnePFrac, c:int) -> np.ndarray:
+def category(self: OnePFrac, c: int) -> np.ndarray:
     "The maps of class `c`: float64 [maps, 7], a b c d e f p."
     return _disturbed_class(self, c)[0]
 
+
 @patch
-def draw(self:OnePFrac, c:int, k:int) -> np.ndarray:
+def draw(self: OnePFrac, c: int, k: int) -> np.ndarray:
     "Image (c, k): uint8 [size, size]."
     maps, image = _disturbed_class(self, c)
-    if k == 0 or self.mask_mode == 'fill': return image.copy()
-    return draw_cloud(play(maps, canonical_picks(self.seed, self.points), workspace(self.points)[:2]), self.size, 'patch_gray', self.instance_stream(c, k), self.padding)
+    if k == 0 or self.mask_mode == 'fill':
+        return image.copy()
+    return draw_cloud(
+        play(maps, canonical_picks(self.seed, self.points), workspace(self.points)[:2]),
+        self.size,
+        'patch_gray',
+        self.instance_stream(c, k),
+        self.padding,
+    )
 
 # %% ../../nbs/formulas/05_ifs.ipynb #1402d47b
 @patch
-def published_file(self:OnePFrac, c:int, k:int) -> str: return f'{c:02d}/{c:02d}_{c:02d}_count_{k}_flip0.png'
+def published_file(self: OnePFrac, c: int, k: int) -> str:
+    return f'{c:02d}/{c:02d}_{c:02d}_count_{k}_flip0.png'
+
 
 @patch
-def reference(self:OnePFrac,
-    thread:int=0,
-    threads:int=1,        # the published program has no numbered threads: 0 of 1
-    stream_seed:int=None, # of Python's generator; the formula's seed if None
+def reference(
+    self: OnePFrac,
+    thread: int = 0,
+    threads: int = 1,  # the published program has no numbered threads: 0 of 1
+    stream_seed: int = None,  # of Python's generator; the formula's seed if None
 ):
     "Yields the images the published functions draw, class after class, the system from `default_rng(seed)`."
     _only_thread(self.name, thread, threads)
     rng = PythonRandom(self.seed if stream_seed is None else stream_seed)
-    base = with_probabilities(sample_system(self.maps, self.sigma, np.random.default_rng(self.seed), self.spread)[0])
+    base = with_probabilities(
+        sample_system(self.maps, self.sigma, np.random.default_rng(self.seed), self.spread)[0]
+    )
     for c in range(self.classes):
         _, image = self._first_lit(base, rng, lambda: rng, published_picks(self.points))
         yield Sample(c, 0, image, self.published_file(c, 0))
 
 # %% ../../nbs/formulas/05_ifs.ipynb #7251a9db
-OnePFrac.flags = dict(sample='classes', image_size_x='size', image_size_y='size', pad_size_x='padding', pad_size_y='padding', iteration='points',
-    N='maps', sigma='sigma', delta='delta', pixel_threshold='pixel_threshold', mask_mode='mask_mode')
+OnePFrac.flags = dict(
+    sample='classes',
+    image_size_x='size',
+    image_size_y='size',
+    pad_size_x='padding',
+    pad_size_y='padding',
+    iteration='points',
+    N='maps',
+    sigma='sigma',
+    delta='delta',
+    pixel_threshold='pixel_threshold',
+    mask_mode='mask_mode',
+)
+
 
 @patch(cls_method=True)
-def from_flags(cls:OnePFrac,
-    **flags,              # of `render_from_oneparam_mp.py`, without dashes
+def from_flags(
+    cls: OnePFrac,
+    **flags,  # of `render_from_oneparam_mp.py`, without dashes
 ):
     "The formula that the published program would draw; `TypeError` for a flag it does not have."
     # the program reads draw_type but always draws grey patches

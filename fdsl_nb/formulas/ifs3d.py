@@ -19,10 +19,15 @@ from fastcore.basics import patch
 from numba import njit, float32, uint32
 from ..core.rng import CATEGORY, CounterRandom, NumpyRandom, PythonRandom, _philox_fill, unit
 from .formula import Formula, Sample, knob
-from .categories import category_cache, check_category, load_categories, search_parallel
+from fdsl_nb.formulas.categories import (
+    category_cache,
+    check_category,
+    load_categories,
+    search_parallel,
+)
 
 # %% ../../nbs/formulas/06_ifs3d.ipynb #10f7f06f
-COLUMNS = (*'abcdefghijkl', 'p')        # of a system: matrix row by row, shift, probability
+COLUMNS = (*'abcdefghijkl', 'p')  # of a system: matrix row by row, shift, probability
 
 # %% ../../nbs/formulas/06_ifs3d.ipynb #28a74e35
 @njit(cache=True, nogil=True)
@@ -32,11 +37,17 @@ def _play(maps, picks, cloud):
     x = y = z = 0.0
     for i in range(cloud.shape[1]):
         j = 0
-        while j < last and picks[i] > thresholds[j]: j += 1
+        while j < last and picks[i] > thresholds[j]:
+            j += 1
         m = maps[j]
-        x, y, z = (x*m[0] + y*m[1] + z*m[2] + m[9], x*m[3] + y*m[4] + z*m[5] + m[10], x*m[6] + y*m[7] + z*m[8] + m[11])
+        x, y, z = (
+            x * m[0] + y * m[1] + z * m[2] + m[9],
+            x * m[3] + y * m[4] + z * m[5] + m[10],
+            x * m[6] + y * m[7] + z * m[8] + m[11],
+        )
         cloud[0, i], cloud[1, i], cloud[2, i] = x, y, z
-        if not abs(x) + abs(y) + abs(z) < np.inf: return False
+        if not abs(x) + abs(y) + abs(z) < np.inf:
+            return False
     return True
 
 # %% ../../nbs/formulas/06_ifs3d.ipynb #09c5ec98
@@ -45,15 +56,19 @@ def _centre(cloud, half_side):
     n = cloud.shape[1]
     low = high = cloud[0, 0]
     for axis in range(3):
-        for i in range(n): low, high = min(low, cloud[axis, i]), max(high, cloud[axis, i])
-    if not high - low > 0.0: return False
+        for i in range(n):
+            low, high = min(low, cloud[axis, i]), max(high, cloud[axis, i])
+    if not high - low > 0.0:
+        return False
     for axis in range(3):
         total = 0.0
         for i in range(n):
             cloud[axis, i] = ((cloud[axis, i] - low) / (high - low)) * (2.0 * half_side) - half_side
             total += cloud[axis, i]
-        for i in range(n): cloud[axis, i] -= total / (n + 1)
+        for i in range(n):
+            cloud[axis, i] -= total / (n + 1)
     return True
+
 
 def _cloud(maps, picks, half_side=1.0):
     "The cloud of a system, float64 [3, picks - 1], or None where it runs off or stays on one point."
@@ -62,29 +77,35 @@ def _cloud(maps, picks, half_side=1.0):
 
 # %% ../../nbs/formulas/06_ifs3d.ipynb #86b71c06
 def weighted(
-    maps,                 # [maps, 13]: matrix a … i row by row, shift j k l, probability p
-    weights=None,         # 12 factors for a … l; all one if None
-) -> np.ndarray:          # float64 [maps, 13], a copy
+    maps,  # [maps, 13]: matrix a … i row by row, shift j k l, probability p
+    weights=None,  # 12 factors for a … l; all one if None
+) -> np.ndarray:  # float64 [maps, 13], a copy
     "A system with its coefficients times `weights`, its probabilities as they were; `ValueError` where either is malformed."
     maps = check_category(maps, COLUMNS, 'maps').copy()
-    if weights is None: return maps
-    if np.shape(weights) != (12,): raise ValueError(f'weights has shape {list(np.shape(weights))}; give 12 factors, for a … l')
+    if weights is None:
+        return maps
+    if np.shape(weights) != (12,):
+        raise ValueError(f'weights has shape {list(np.shape(weights))}; give 12 factors, for a … l')
     maps[:, :12] *= weights
     return maps
 
 # %% ../../nbs/formulas/06_ifs3d.ipynb #bd38eaee
 def points_3d(
-    maps,                 # [maps, 13]: a … i, j k l, p
-    weights=None,         # 12 factors for a … l; all one if None
-    points:int=10_000,    # picks drawn, one more than the points kept
-    rng=None,             # `NumpyRandom` or `RandomState`; NumpyRandom(1000) if None
-    half_side:float=1.0,  # of the cube the cloud is stretched to
-) -> np.ndarray:          # float64 [3, points - 1], its mean near the origin
+    maps,  # [maps, 13]: a … i, j k l, p
+    weights=None,  # 12 factors for a … l; all one if None
+    points: int = 10_000,  # picks drawn, one more than the points kept
+    rng=None,  # `NumpyRandom` or `RandomState`; NumpyRandom(1000) if None
+    half_side: float = 1.0,  # of the cube the cloud is stretched to
+) -> np.ndarray:  # float64 [3, points - 1], its mean near the origin
     "The point cloud of a system (`instance.py`); `ValueError` where the system is malformed or its points run off."
-    if points < 3: raise ValueError(f'points={points} is too few; 3 or more')
+    if points < 3:
+        raise ValueError(f'points={points} is too few; 3 or more')
     rng = NumpyRandom(1000) if rng is None else rng
     cloud = _cloud(weighted(maps, weights), rng.random_sample(points), half_side)
-    if cloud is None: raise ValueError('the points of this system run off or never move; scale its coefficients down')
+    if cloud is None:
+        raise ValueError(
+            'the points of this system run off or never move; scale its coefficients down'
+        )
     return cloud
 
 # %% ../../nbs/formulas/06_ifs3d.ipynb #286a45cf
@@ -92,6 +113,7 @@ def _system(reals, volumes):
     "A system from coefficients [maps, 12]; probabilities in proportion to the volumes |det|."
     volumes = abs(volumes(reals[:, :9].reshape(-1, 3, 3)))
     return np.column_stack([reals, volumes / volumes.sum()])
+
 
 def _accepted(draw, variance, half_side, patience=100_000) -> Iterator[np.ndarray]:
     "Endless: of the drawn (maps, picks) those systems whose cloud is spread by more than `variance` on each axis."
@@ -103,48 +125,70 @@ def _accepted(draw, variance, half_side, patience=100_000) -> Iterator[np.ndarra
         if cloud is not None and np.var(cloud, axis=1).min() > variance:
             yield maps
             refused = 0
-    raise ValueError(f'variance={variance}: none of {patience:,} systems in a row is spread that far; choose less, for example 0.05')
+    raise ValueError(
+        f'variance={variance}: none of {patience:,} systems in a row is spread that far; choose less, for example 0.05'
+    )
 
 # %% ../../nbs/formulas/06_ifs3d.ipynb #4aca6158
 def published_systems(
-    variance:float=0.05,  # least variance of the cloud along each axis
-    points:int=10_000,    # picks of a trial game
-    rng=None,             # `NumpyRandom` or `RandomState`; NumpyRandom(7) if None
-    half_side:float=1.0,  # of the cube the trial cloud is stretched to
-) -> Iterator[np.ndarray]: # float64 [maps, 13] each, without end
+    variance: float = 0.05,  # least variance of the cloud along each axis
+    points: int = 10_000,  # picks of a trial game
+    rng=None,  # `NumpyRandom` or `RandomState`; NumpyRandom(7) if None
+    half_side: float = 1.0,  # of the cube the trial cloud is stretched to
+) -> Iterator[np.ndarray]:  # float64 [maps, 13] each, without end
     "Systems in the order `category_search.py` finds them; `ValueError` if 100,000 candidates in a row fail."
     rng = NumpyRandom(7) if rng is None else rng
+
     def draw():
         maps = _system(rng.uniform(-1, 1, (rng.randint(2, 8), 12)), np.linalg.det)
         return maps, rng.random_sample(points)
+
     return _accepted(draw, variance, half_side)
 
-def search_categories_3d(n:int, variance:float=0.05, points:int=10_000, rng=None) -> list:
+
+def search_categories_3d(n: int, variance: float = 0.05, points: int = 10_000, rng=None) -> list:
     "The first `n` systems of `published_systems`, float64 [maps, 13] each."
-    if n < 1: raise ValueError(f'n={n} categories; ask for 1 or more')
+    if n < 1:
+        raise ValueError(f'n={n} categories; ask for 1 or more')
     return list(islice(published_systems(variance, points, rng), n))
 
 # %% ../../nbs/formulas/06_ifs3d.ipynb #f754d2aa
 def _volumes(m):
-    return (m[:, 0, 0] * (m[:, 1, 1] * m[:, 2, 2] - m[:, 1, 2] * m[:, 2, 1]) - m[:, 0, 1] * (m[:, 1, 0] * m[:, 2, 2] - m[:, 1, 2] * m[:, 2, 0])
-            + m[:, 0, 2] * (m[:, 1, 0] * m[:, 2, 1] - m[:, 1, 1] * m[:, 2, 0]))
+    return (
+        m[:, 0, 0] * (m[:, 1, 1] * m[:, 2, 2] - m[:, 1, 2] * m[:, 2, 1])
+        - m[:, 0, 1] * (m[:, 1, 0] * m[:, 2, 2] - m[:, 1, 2] * m[:, 2, 0])
+        + m[:, 0, 2] * (m[:, 1, 0] * m[:, 2, 1] - m[:, 1, 1] * m[:, 2, 0])
+    )
+
 
 @lru_cache(maxsize=32_768)
-def canonical_system(seed:int, c:int, variance:float=0.05, points:int=10_000, half_side:float=1.0) -> np.ndarray:
+def canonical_system(
+    seed: int, c: int, variance: float = 0.05, points: int = 10_000, half_side: float = 1.0
+) -> np.ndarray:
     "The system of class `c`, float64 [maps, 13], read-only: the first its own counter stream finds."
     stream = CounterRandom(seed, CATEGORY, c)
+
     def draw():
         m = stream.randint(2, 7)
-        return _system(2 * unit(stream.words(12 * m)).reshape(m, 12) - 1, _volumes), unit(stream.words(points))
+        return _system(2 * unit(stream.words(12 * m)).reshape(m, 12) - 1, _volumes), unit(
+            stream.words(points)
+        )
+
     maps = next(_accepted(draw, variance, half_side))
     maps.setflags(write=False)
     return maps
 
 # %% ../../nbs/formulas/06_ifs3d.ipynb #967a1154
-FOCAL = np.float32(1 + math.sqrt(2))    # 1 / tan(45° / 2)
+FOCAL = np.float32(1 + math.sqrt(2))  # 1 / tan(45° / 2)
 
-def _about_y(cos, sin): return np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]])
-def _about_z(cos, sin): return np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
+
+def _about_y(cos, sin):
+    return np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]])
+
+
+def _about_z(cos, sin):
+    return np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
+
 
 def _camera(rotation):
     "Rows right, up, forward, float32 [3, 3], of a rotation."
@@ -162,8 +206,18 @@ def _place(xs, ys, zs, camera, limits, columns, rows):
         scale = FOCAL / depth
         across = (scale * (r0 * x + r1 * y + r2 * z) * half + half) * side
         up = (scale * (u0 * x + u1 * y + u2 * z) * half + half) * side
-        across, up = np.rint(across * float32(256)) * float32(1 / 256), np.rint(up * float32(256)) * float32(1 / 256)
-        seen = (depth >= near) & (depth <= far) & (across >= 0) & (across < side) & (up >= 0) & (up < side)
+        across, up = (
+            np.rint(across * float32(256)) * float32(1 / 256),
+            np.rint(up * float32(256)) * float32(1 / 256),
+        )
+        seen = (
+            (depth >= near)
+            & (depth <= far)
+            & (across >= 0)
+            & (across < side)
+            & (up >= 0)
+            & (up < side)
+        )
         columns[i] = np.floor(across + corner) if seen else side
         rows[i] = np.floor(up + corner)
 
@@ -178,61 +232,80 @@ def _project(cloud, cameras, near, far, point_size, images):
         camera = (r[0], r[1], r[2]), (u[0], u[1], u[2]), (f[0], f[1], f[2])
         _place(cloud[0], cloud[1], cloud[2], camera, limits, columns, rows)
         for i in range(n):
-            if columns[i] == limits[2]: continue
+            if columns[i] == limits[2]:
+                continue
             left, bottom = int(columns[i]), int(rows[i])
-            if point_size == 1: images[v, bottom, left] = 255       # the usual point, without two loops of one turn
+            if point_size == 1:
+                images[v, bottom, left] = 255  # the usual point, without two loops of one turn
             else:
                 for row in range(max(bottom, 0), min(bottom + point_size, size)):
-                    for column in range(max(left, 0), min(left + point_size, size)): images[v, row, column] = 255
+                    for column in range(max(left, 0), min(left + point_size, size)):
+                        images[v, row, column] = 255
 
 # %% ../../nbs/formulas/06_ifs3d.ipynb #541d7642
 def project_views(
-    points,               # [3, n], its mean near the origin
-    cameras,              # float32 [views, 3, 3]: rows right, up, forward of each
-    size:int=224,         # side of a picture, pixels
-    point_size:int=1,     # side of a point, pixels
-    near:float=1.0,       # depth of the nearest and …
-    far:float=100.0,      # … of the farthest point drawn
-) -> np.ndarray:          # uint8 [views, size, size], bottom row first
+    points,  # [3, n], its mean near the origin
+    cameras,  # float32 [views, 3, 3]: rows right, up, forward of each
+    size: int = 224,  # side of a picture, pixels
+    point_size: int = 1,  # side of a point, pixels
+    near: float = 1.0,  # depth of the nearest and …
+    far: float = 100.0,  # … of the farthest point drawn
+) -> np.ndarray:  # uint8 [views, size, size], bottom row first
     "Pictures of a cloud, white on black; `ValueError` unless the points are finite."
     cloud = np.ascontiguousarray(points, np.float32)
     if cloud.ndim != 2 or len(cloud) != 3 or not np.isfinite(cloud).all():
-        raise ValueError(f'points of shape {list(cloud.shape)} should be finite numbers of shape [3, n]')
+        raise ValueError(
+            f'points of shape {list(cloud.shape)} should be finite numbers of shape [3, n]'
+        )
     images = np.zeros((len(cameras), size, size), np.uint8)
-    _project(cloud, np.asarray(cameras, np.float32), np.float32(near), np.float32(far), point_size, images)
+    _project(
+        cloud,
+        np.asarray(cameras, np.float32),
+        np.float32(near),
+        np.float32(far),
+        point_size,
+        images,
+    )
     return images
 
 # %% ../../nbs/formulas/06_ifs3d.ipynb #40b4f048
 def ring_camera(
-    k:int,                # view, 0 … views**axes - 1
-    views:int,            # steps of a full turn
-    rng,                  # `PythonRandom` or `CounterRandom`: one draw for each axis
-    axes:int=1,           # turns multiplied: about y, then z, then y again
-    jitter:float=math.pi, # largest offset of a step, degrees
-) -> np.ndarray:          # float32 [3, 3]: rows right, up, forward
+    k: int,  # view, 0 … views**axes - 1
+    views: int,  # steps of a full turn
+    rng,  # `PythonRandom` or `CounterRandom`: one draw for each axis
+    axes: int = 1,  # turns multiplied: about y, then z, then y again
+    jitter: float = math.pi,  # largest offset of a step, degrees
+) -> np.ndarray:  # float32 [3, 3]: rows right, up, forward
     "Camera `k` of the published ring (`render.py`; `render2view.py`, `render3view.py` for 2 and 3 axes)."
     rotation = np.eye(3)
-    for turn, step in zip((_about_y, _about_z, _about_y)[:axes], (k % views, k // views % views, k // views**2)):
-        angle = step / views * math.pi * 2 + math.radians(30) + math.radians(rng.uniform(-jitter, jitter))
+    for turn, step in zip(
+        (_about_y, _about_z, _about_y)[:axes], (k % views, k // views % views, k // views**2)
+    ):
+        angle = (
+            step / views * math.pi * 2
+            + math.radians(30)
+            + math.radians(rng.uniform(-jitter, jitter))
+        )
         rotation = rotation @ turn(math.cos(angle), math.sin(angle))
     return _camera(rotation)
 
 # %% ../../nbs/formulas/06_ifs3d.ipynb #e4b01ab3
 def render_views(
-    points,               # [3, n], as `points_3d` gives
-    views:int=12,         # steps of the ring
-    size:int=224,         # side of a picture, pixels
-    rng=None,             # `PythonRandom`: the jitters; PythonRandom(3) if None
-) -> np.ndarray:          # uint8 [views, size, size], bottom row first
+    points,  # [3, n], as `points_3d` gives
+    views: int = 12,  # steps of the ring
+    size: int = 224,  # side of a picture, pixels
+    rng=None,  # `PythonRandom`: the jitters; PythonRandom(3) if None
+) -> np.ndarray:  # uint8 [views, size, size], bottom row first
     "The published views of one cloud, in order; `ValueError` for a bad cloud or count."
-    if views < 1 or size < 1: raise ValueError(f'views={views}, size={size}: both should be 1 or more')
+    if views < 1 or size < 1:
+        raise ValueError(f'views={views}, size={size}: both should be 1 or more')
     rng = PythonRandom(3) if rng is None else rng
     return project_views(points, np.stack([ring_camera(k, views, rng) for k in range(views)]), size)
 
 # %% ../../nbs/formulas/06_ifs3d.ipynb #802dd58d
 def sphere_camera(
-    rng,                  # `PythonRandom` or `CounterRandom`: two draws
-) -> np.ndarray:          # float32 [3, 3]: rows right, up, forward
+    rng,  # `PythonRandom` or `CounterRandom`: two draws
+) -> np.ndarray:  # float32 [3, 3]: rows right, up, forward
     "A camera at a uniformly random direction, held upright (ExFractalDB, Kataoka et al. 2022)."
     azimuth, height = rng.uniform(0.0, 2 * math.pi), rng.uniform(-1.0, 1.0)
     lift = _about_z(math.sqrt(1 - height * height), height)
@@ -241,16 +314,21 @@ def sphere_camera(
 # %% ../../nbs/formulas/06_ifs3d.ipynb #c5ecb194
 WEIGHT_ROWS = (25, 49, 73, 97, 121, 145)
 
+
 @lru_cache
 def weight_table(
-    rows:int=145,         # 25, 49, …, 145: two rows a coefficient for each tenth away from 1, and one of ones
-) -> np.ndarray:          # float64 [rows, 12], read-only
+    rows: int = 145,  # 25, 49, …, 145: two rows a coefficient for each tenth away from 1, and one of ones
+) -> np.ndarray:  # float64 [rows, 12], read-only
     "The published weights (`weights_ins145.csv` and its shorter kin), generated; `ValueError` for another count."
-    if rows not in WEIGHT_ROWS: raise ValueError(f'rows={rows} is no weight table; known: {", ".join(map(str, WEIGHT_ROWS))}')
+    if rows not in WEIGHT_ROWS:
+        raise ValueError(
+            f'rows={rows} is no weight table; known: {", ".join(map(str, WEIGHT_ROWS))}'
+        )
     tenths, table = (rows - 1) // 24, []
     for coefficient in range(12):
         for factor in range(10 - tenths, 11 + tenths):
-            if factor == 10 and coefficient: continue       # the row of ones comes once, with the first coefficient
+            if factor == 10 and coefficient:
+                continue  # the row of ones comes once, with the first coefficient
             table.append([factor / 10 if j == coefficient else 1.0 for j in range(12)])
     table = np.array(table)
     table.setflags(write=False)
@@ -260,79 +338,120 @@ def weight_table(
 @dataclass(frozen=True)
 class MVFractalDB(Formula):
     "Multi-view FractalDB (Yamada et al. 2021; `ExFractalDB_render.sh`): clouds of 3-D systems seen from a ring."
+
     instances: int = knob(0, 0, 2**32 - 1, 'images of each class; 0 for all views of all clouds')
     size: int = knob(224, 8, 8192, 'side of the square image, pixels')
     views: int = knob(12, 1, 999, 'camera places of a full turn')
     rows: int = knob(145, help='weight rows: clouds of each class', choices=WEIGHT_ROWS)
-    points: int = knob(10_000, 3, 10_000_000, 'picks of a chaos game, one more than the points drawn')
-    variance: float = knob(0.05, 0.0, 1.0, 'least variance of a cloud along each axis, for the class to be accepted')
-    half_side: float = knob(1.0, 0.01, 100.0, 'of the cube a cloud is stretched to; the camera stands at 4')
+    points: int = knob(
+        10_000, 3, 10_000_000, 'picks of a chaos game, one more than the points drawn'
+    )
+    variance: float = knob(
+        0.05, 0.0, 1.0, 'least variance of a cloud along each axis, for the class to be accepted'
+    )
+    half_side: float = knob(
+        1.0, 0.01, 100.0, 'of the cube a cloud is stretched to; the camera stands at 4'
+    )
     point_size: int = knob(1, 1, 64, 'side of a point, pixels')
     near: float = knob(1.0, 0.001, 1e6, 'depth of the nearest point drawn')
     far: float = knob(100.0, 0.001, 1e6, 'depth of the farthest point drawn')
-    jitter: float = knob(math.pi, 0.0, 180.0, 'largest offset of a camera from its place on the ring, degrees')
-    categories: str = knob('canonical', help="'canonical', or a folder of published CSV files, or one table of them")
+    jitter: float = knob(
+        math.pi, 0.0, 180.0, 'largest offset of a camera from its place on the ring, degrees'
+    )
+    categories: str = knob(
+        'canonical', help="'canonical', or a folder of published CSV files, or one table of them"
+    )
 
     name = 'mvfractaldb'
     category_columns = COLUMNS
-    axes: ClassVar[int] = 1                 # of the camera's turns
+    axes: ClassVar[int] = 1  # of the camera's turns
     program_defaults = dict(variance=0.15)
-    flags = dict(numof_classes='classes', classes='classes', seed='seed', point_num='points', variance='variance', normalize='half_side',
-        view_point='views', img_size='size', point_size='point_size', zNear='near', zFar='far')
+    flags = dict(
+        numof_classes='classes',
+        classes='classes',
+        seed='seed',
+        point_num='points',
+        variance='variance',
+        normalize='half_side',
+        view_point='views',
+        img_size='size',
+        point_size='point_size',
+        zNear='near',
+        zFar='far',
+    )
 
 # %% ../../nbs/formulas/06_ifs3d.ipynb #af9cd1d3
 @patch(as_prop=True)
-def clouds(self:MVFractalDB) -> int:
+def clouds(self: MVFractalDB) -> int:
     "Clouds of each class: one a weight row."
     return self.rows
 
+
 @patch(as_prop=True)
-def views_per_cloud(self:MVFractalDB) -> int:
+def views_per_cloud(self: MVFractalDB) -> int:
     "Pictures of each cloud."
     return self.views
 
+
 @patch
-def __post_init__(self:MVFractalDB):
+def __post_init__(self: MVFractalDB):
     Formula.__post_init__(self)
     owner, most = type(self).__name__, self.clouds * self.views_per_cloud
-    if not self.instances: object.__setattr__(self, 'instances', most)
+    if not self.instances:
+        object.__setattr__(self, 'instances', most)
     if self.instances > most:
-        raise ValueError(f'{owner}: instances={self.instances} but {self.clouds} × {self.views_per_cloud} views are {most}; ask for fewer, or more views')
-    if self.near >= self.far: raise ValueError(f'{owner}: near={self.near} is not before far={self.far}; exchange them')
-    if self.categories != 'canonical': self._own_systems()
+        raise ValueError(
+            f'{owner}: instances={self.instances} but {self.clouds} × {self.views_per_cloud} views are {most}; ask for fewer, or more views'
+        )
+    if self.near >= self.far:
+        raise ValueError(f'{owner}: near={self.near} is not before far={self.far}; exchange them')
+    if self.categories != 'canonical':
+        self._own_systems()
 
 # %% ../../nbs/formulas/06_ifs3d.ipynb #560ef68d
 @lru_cache(maxsize=8)
-def _read_once(path, changed): return tuple(load_categories(path, COLUMNS))
+def _read_once(path, changed):
+    return tuple(load_categories(path, COLUMNS))
+
 
 @patch
-def _own_systems(self:MVFractalDB):
+def _own_systems(self: MVFractalDB):
     path = Path(self.categories)
-    newest = max((f.stat().st_mtime_ns for f in (path, *path.glob('*.csv')) if f.exists()), default=0)
+    newest = max(
+        (f.stat().st_mtime_ns for f in (path, *path.glob('*.csv')) if f.exists()), default=0
+    )
     systems = _read_once(self.categories, newest)
     if len(systems) < self.classes:
-        raise ValueError(f'{type(self).__name__}: categories={self.categories!r} has {len(systems)} classes; classes={self.classes} asks for more')
+        raise ValueError(
+            f'{type(self).__name__}: categories={self.categories!r} has {len(systems)} classes; classes={self.classes} asks for more'
+        )
     return systems
 
 # %% ../../nbs/formulas/06_ifs3d.ipynb #a849430d
 @patch
-def category(self:MVFractalDB,
-    c:int,                # class, 0 … classes - 1
-) -> np.ndarray:          # float64 [maps, 13], read-only
+def category(
+    self: MVFractalDB,
+    c: int,  # class, 0 … classes - 1
+) -> np.ndarray:  # float64 [maps, 13], read-only
     "The system of class `c`: of its own random stream, or of the file named by `categories`; `IndexError` outside."
     self.check(c)
-    if self.categories != 'canonical': return self._own_systems()[c]
+    if self.categories != 'canonical':
+        return self._own_systems()[c]
     return canonical_system(self.seed, c, self.variance, self.points, self.half_side)
 
 # %% ../../nbs/formulas/06_ifs3d.ipynb #d96c5c06
 @patch
-def all_categories(self:MVFractalDB,
-    workers:int=1,        # threads
-    root=None,            # folder for searched data; the machine's `data_root` if None
-) -> list:                # float64 [maps, 13] a class
+def all_categories(
+    self: MVFractalDB,
+    workers: int = 1,  # threads
+    root=None,  # folder for searched data; the machine's `data_root` if None
+) -> list:  # float64 [maps, 13] a class
     "Every class's system; a canonical search is kept on disk and continued there."
-    if self.categories != 'canonical': return list(self._own_systems()[:self.classes])
-    settings = dict(seed=self.seed, variance=self.variance, points=self.points, half_side=self.half_side)
+    if self.categories != 'canonical':
+        return list(self._own_systems()[: self.classes])
+    settings = dict(
+        seed=self.seed, variance=self.variance, points=self.points, half_side=self.half_side
+    )
     cache = category_cache('fractals3d', root, **settings)
     return search_parallel(self.category, self.classes, cache, workers)
 
@@ -341,9 +460,11 @@ def all_categories(self:MVFractalDB,
 def _stream_cloud(maps, key, address, points, half_side):
     words, picks, cloud = np.empty(points, np.uint32), np.empty(points), np.empty((3, points - 1))
     _philox_fill(words, 0, key, address)
-    for i in range(points): picks[i] = (words[i] >> uint32(8)) * 2.0**-24
+    for i in range(points):
+        picks[i] = (words[i] >> uint32(8)) * 2.0**-24
     drawn = _play(maps, picks, cloud) and _centre(cloud, half_side)
     return drawn, cloud.astype(np.float32)
+
 
 @lru_cache(maxsize=8)
 def _kept_cloud(formula, c, row):
@@ -351,40 +472,53 @@ def _kept_cloud(formula, c, row):
     scaled = maps.copy()
     scaled[:, :12] *= weight_table(formula.rows)[row]
     for system in (scaled, maps):
-        drawn, cloud = _stream_cloud(system, np.uint64(formula.seed), address, formula.points, formula.half_side)
-        if drawn: break
-    else: raise ValueError(f'{formula.name}: the points of class {c} run off; scale its coefficients down in {formula.categories!r}')
+        drawn, cloud = _stream_cloud(
+            system, np.uint64(formula.seed), address, formula.points, formula.half_side
+        )
+        if drawn:
+            break
+    else:
+        raise ValueError(
+            f'{formula.name}: the points of class {c} run off; scale its coefficients down in {formula.categories!r}'
+        )
     cloud.setflags(write=False)
     return cloud
 
 # %% ../../nbs/formulas/06_ifs3d.ipynb #2616b9f3
 @patch
-def cloud(self:MVFractalDB,
-    c:int,                # class, 0 … classes - 1
-    row:int,              # weight row, 0 … clouds - 1
-) -> np.ndarray:          # float32 [3, points - 1], read-only
+def cloud(
+    self: MVFractalDB,
+    c: int,  # class, 0 … classes - 1
+    row: int,  # weight row, 0 … clouds - 1
+) -> np.ndarray:  # float32 [3, points - 1], read-only
     "The canonical cloud `row` of class `c`; all weights are one where the weighted system runs off. `IndexError` outside."
     self.check(c)
-    if not 0 <= row < self.clouds: raise IndexError(f'{self.name}: cloud {row} is not in 0 … {self.clouds - 1}')
+    if not 0 <= row < self.clouds:
+        raise IndexError(f'{self.name}: cloud {row} is not in 0 … {self.clouds - 1}')
     return _kept_cloud(self, c, row)
 
 # %% ../../nbs/formulas/06_ifs3d.ipynb #58624d6b
 @patch
-def camera(self:MVFractalDB,
-    view:int,             # 0 … views_per_cloud - 1
-    rng,                  # `PythonRandom` or `CounterRandom`
-) -> np.ndarray:          # float32 [3, 3]: rows right, up, forward
+def camera(
+    self: MVFractalDB,
+    view: int,  # 0 … views_per_cloud - 1
+    rng,  # `PythonRandom` or `CounterRandom`
+) -> np.ndarray:  # float32 [3, 3]: rows right, up, forward
     "The camera of a view: a place on the ring."
     return ring_camera(view, self.views, rng, 1, self.jitter)
 
-@patch
-def _shoot(self:MVFractalDB, cloud, camera):
-    image = np.zeros((1, self.size, self.size), np.uint8)
-    _project(cloud, camera[None], np.float32(self.near), np.float32(self.far), self.point_size, image)
-    return image[0]
 
 @patch
-def draw(self:MVFractalDB, c:int, k:int) -> np.ndarray:
+def _shoot(self: MVFractalDB, cloud, camera):
+    image = np.zeros((1, self.size, self.size), np.uint8)
+    _project(
+        cloud, camera[None], np.float32(self.near), np.float32(self.far), self.point_size, image
+    )
+    return image[0]
+
+
+@patch
+def draw(self: MVFractalDB, c: int, k: int) -> np.ndarray:
     "Image (c, k), uint8 [size, size]: view k mod views of cloud k div views."
     row, view = divmod(k, self.views_per_cloud)
     camera = self.camera(view, self.instance_stream(c, k))
@@ -394,56 +528,94 @@ def draw(self:MVFractalDB, c:int, k:int) -> np.ndarray:
 @dataclass(frozen=True)
 class ExFractalDB(MVFractalDB):
     "Extended FractalDB (Kataoka et al., CVPR 2022): the clouds of MVFractalDB seen from anywhere."
+
     name = 'exfractaldb'
-    def camera(self, view, rng): return sphere_camera(rng)
+
+    def camera(self, view, rng):
+        return sphere_camera(rng)
 
 # %% ../../nbs/formulas/06_ifs3d.ipynb #930a15cd
 @dataclass(frozen=True)
 class OFDB3D(MVFractalDB):
     "3D-OFDB (Nakamura et al., ICCV 2023): one cloud a class, seen from 12, 144 or 1,728 places."
+
     axes: int = knob(1, 1, 3, 'rotation axes of the camera: views**axes places')
     name = 'ofdb3d'
     by_chance = True
+
     @property
-    def clouds(self): return 1
+    def clouds(self):
+        return 1
+
     @property
-    def views_per_cloud(self): return self.views ** self.axes
-    def camera(self, view, rng): return ring_camera(view, self.views, rng, self.axes, self.jitter)
+    def views_per_cloud(self):
+        return self.views**self.axes
+
+    def camera(self, view, rng):
+        return ring_camera(view, self.views, rng, self.axes, self.jitter)
 
 # %% ../../nbs/formulas/06_ifs3d.ipynb #635b947e
 @patch
-def file_name(self:MVFractalDB, c:int, cloud:int, view:int) -> str:
+def file_name(self: MVFractalDB, c: int, cloud: int, view: int) -> str:
     "The published name of a view of the `cloud`-th file of class `c`."
     steps = [view // self.views**n % self.views for n in reversed(range(self.axes))]
     return f'{c:06d}/{c:06d}_{cloud:05d}' + ''.join(f'_{s:03d}' for s in steps) + '.png'
 
-@patch
-def published_file(self:MVFractalDB, c:int, k:int) -> str: return self.file_name(c, *divmod(k, self.views_per_cloud))
 
 @patch
-def _reference_class(self:MVFractalDB, c, maps, points_rng, view_rng):
+def published_file(self: MVFractalDB, c: int, k: int) -> str:
+    return self.file_name(c, *divmod(k, self.views_per_cloud))
+
+
+@patch
+def _reference_class(self: MVFractalDB, c, maps, points_rng, view_rng):
     kept, per = 0, self.views_per_cloud
     for row in range(self.clouds):
-        cloud = _cloud(weighted(maps, weight_table(self.rows)[row]), points_rng.random_sample(self.points), self.half_side)
-        if cloud is None: continue
+        cloud = _cloud(
+            weighted(maps, weight_table(self.rows)[row]),
+            points_rng.random_sample(self.points),
+            self.half_side,
+        )
+        if cloud is None:
+            continue
         for view in range(per):
             camera, k = self.camera(view, view_rng), row * per + view
-            if k < self.instances: yield Sample(c, k, self._shoot(cloud.astype(np.float32), camera), self.file_name(c, kept, view))
+            if k < self.instances:
+                yield Sample(
+                    c,
+                    k,
+                    self._shoot(cloud.astype(np.float32), camera),
+                    self.file_name(c, kept, view),
+                )
         kept += 1
 
 # %% ../../nbs/formulas/06_ifs3d.ipynb #9897e606
 @patch
-def reference(self:MVFractalDB,
-    thread:int=0,         # 0: the published programs have one
-    threads:int=1,        # 1
-    search_seed:int=None, # of the search; the formula's seed if None, as the two below
-    points_seed:int=None, # of the picks
-    view_seed:int=None,   # of the cameras
+def reference(
+    self: MVFractalDB,
+    thread: int = 0,  # 0: the published programs have one
+    threads: int = 1,  # 1
+    search_seed: int = None,  # of the search; the formula's seed if None, as the two below
+    points_seed: int = None,  # of the picks
+    view_seed: int = None,  # of the cameras
 ) -> Iterator[Sample]:
     "Images in the published order, with published names; `ValueError` for more than one thread."
-    if (thread, threads) != (0, 1): raise ValueError(f'{self.name}: thread={thread} of threads={threads}, but the published program has one; give 0 of 1')
-    search, points, views = (self.seed if s is None else s for s in (search_seed, points_seed, view_seed))
+    if (thread, threads) != (0, 1):
+        raise ValueError(
+            f'{self.name}: thread={thread} of threads={threads}, but the published program has one; give 0 of 1'
+        )
+    search, points, views = (
+        self.seed if s is None else s for s in (search_seed, points_seed, view_seed)
+    )
     own = self.categories != 'canonical'
-    systems = self._own_systems() if own else published_systems(self.variance, self.points, NumpyRandom(search), self.half_side)
+    systems = (
+        self._own_systems()
+        if own
+        else published_systems(self.variance, self.points, NumpyRandom(search), self.half_side)
+    )
     points_rng, view_rng = NumpyRandom(points), PythonRandom(views)
-    return (sample for c, maps in enumerate(islice(systems, self.classes)) for sample in self._reference_class(c, maps, points_rng, view_rng))
+    return (
+        sample
+        for c, maps in enumerate(islice(systems, self.classes))
+        for sample in self._reference_class(c, maps, points_rng, view_rng)
+    )

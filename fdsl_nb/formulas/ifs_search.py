@@ -18,8 +18,8 @@ from .chaos import GREY, play, to_pixels, workspace
 
 # %% ../../nbs/formulas/04_ifs_search.ipynb #34708068
 def with_determinants(
-    coefficients,         # float64 [maps, 6]: a b c d e f
-) -> np.ndarray:          # float64 [maps, 7]
+    coefficients,  # float64 [maps, 6]: a b c d e f
+) -> np.ndarray:  # float64 [maps, 7]
     "Maps with probabilities p ∝ |ad − bc|, as FractalDB's search gives them."
     a, b, c, d, e, f = np.asarray(coefficients, float).T
     p = abs(a * d - b * c)
@@ -27,9 +27,9 @@ def with_determinants(
 
 # %% ../../nbs/formulas/04_ifs_search.ipynb #6d22190e
 def fill_share(
-    maps:np.ndarray,      # float64 [maps, 7]
-    picks:np.ndarray,     # float64 [points], as `play` takes them
-) -> float:               # 0 … 1
+    maps: np.ndarray,  # float64 [maps, 7]
+    picks: np.ndarray,  # float64 [points], as `play` takes them
+) -> float:  # 0 … 1
     "The share of lit pixels in FractalDB's test plot, 512 × 512 with a padding of 6."
     xs, ys, columns, rows, _ = workspace(len(picks))
     image, (xs, ys, across, up) = np.zeros((512, 512), np.uint8), play(maps, picks, (xs, ys))
@@ -39,33 +39,42 @@ def fill_share(
 # %% ../../nbs/formulas/04_ifs_search.ipynb #331ccfc0
 TRIES = 20_000
 
-def check_rate(rate:float, points:int) -> None:
+
+def check_rate(rate: float, points: int) -> None:
     "`ValueError` for a rate that so few points cannot reach, however they lie."
     most = points / 512**2
-    if rate > most: raise ValueError(f'rate={rate} is out of reach: {points:,} points light at most {most:.3f} of 512 × 512 pixels; give a lower rate or more points')
+    if rate > most:
+        raise ValueError(
+            f'rate={rate} is out of reach: {points:,} points light at most {most:.3f} of 512 × 512 pixels; give a lower rate or more points'
+        )
+
 
 def first_filling(
-    candidates,           # iterator of (maps, picks)
-    rate:float,           # share of lit pixels asked for
-) -> np.ndarray:          # float64 [maps, 7]
+    candidates,  # iterator of (maps, picks)
+    rate: float,  # share of lit pixels asked for
+) -> np.ndarray:  # float64 [maps, 7]
     "The first candidate that fills `rate` of its plot; `ValueError` after 20,000 that do not."
     for maps, picks in islice(candidates, TRIES):
-        if fill_share(maps, picks) >= rate: return maps
-    raise ValueError(f'rate={rate}: none of {TRIES:,} random systems fills so much of its picture; give a lower rate (published: 0.2)')
+        if fill_share(maps, picks) >= rate:
+            return maps
+    raise ValueError(
+        f'rate={rate}: none of {TRIES:,} random systems fills so much of its picture; give a lower rate (published: 0.2)'
+    )
 
 # %% ../../nbs/formulas/04_ifs_search.ipynb #7881b78d
-def published_candidates(rng, points:int=100_000):
+def published_candidates(rng, points: int = 100_000):
     "Candidates of `ifs_search.py` from a `NumpyRandom` stream: yields (maps, picks) without end."
     while True:
         coefficients = [rng.uniform(-1.0, 1.0, 6) for _ in range(rng.randint(2, 8))]
         yield with_determinants(coefficients), rng.random_sample(points)
 
+
 def search_categories(
-    n:int,                # how many
-    rate:float=0.2,       # share of lit pixels asked for
-    points:int=100_000,   # of the test plot
-    rng=None,             # a `NumpyRandom`; the published stream, `NumpyRandom(1)`, if None
-) -> list:                # n arrays float64 [maps, 7]
+    n: int,  # how many
+    rate: float = 0.2,  # share of lit pixels asked for
+    points: int = 100_000,  # of the test plot
+    rng=None,  # a `NumpyRandom`; the published stream, `NumpyRandom(1)`, if None
+) -> list:  # n arrays float64 [maps, 7]
     "The first `n` categories of FractalDB's search, as `ifs_search.py` finds them; `ValueError` for a hopeless rate."
     check_rate(rate, points)
     rng = NumpyRandom(1) if rng is None else rng
@@ -74,32 +83,39 @@ def search_categories(
 # %% ../../nbs/formulas/04_ifs_search.ipynb #c9635256
 @lru_cache(8)
 def canonical_picks(
-    seed:int,             # the formula's
-    points:int,           # how many
-) -> np.ndarray:          # float64 [points], read only
+    seed: int,  # the formula's
+    points: int,  # how many
+) -> np.ndarray:  # float64 [points], read only
     "The table of picks that all canonical images of a seed share; a shorter table begins a longer one."
     picks = unit(CounterRandom(seed, CATEGORY, 0, 1).words(points))
     picks.flags.writeable = False
     return picks
 
-def canonical_candidates(seed:int, c:int, points:int):
+
+def canonical_candidates(seed: int, c: int, points: int):
     "Candidates for class `c` from its own counter stream: yields (maps, picks) without end."
     stream = CounterRandom(seed, CATEGORY, c)
     while True:
         maps = stream.randint(2, 7)
-        yield with_determinants(2 * unit(stream.words(6 * maps)).reshape(maps, 6) - 1), canonical_picks(seed, points)
+        yield (
+            with_determinants(2 * unit(stream.words(6 * maps)).reshape(maps, 6) - 1),
+            canonical_picks(seed, points),
+        )
 
 # %% ../../nbs/formulas/04_ifs_search.ipynb #fbca4e02
 _found = {}
 
-def _canonical_cache(seed, rate, points): return category_cache('fractaldb', seed=seed, rate=rate, points=points)
+
+def _canonical_cache(seed, rate, points):
+    return category_cache('fractaldb', seed=seed, rate=rate, points=points)
+
 
 def canonical_category(
-    seed:int,             # the formula's
-    c:int,                # class
-    rate:float=0.2,       # share of lit pixels asked for
-    points:int=100_000,   # of the test plot
-) -> np.ndarray:          # float64 [maps, 7]
+    seed: int,  # the formula's
+    c: int,  # class
+    rate: float = 0.2,  # share of lit pixels asked for
+    points: int = 100_000,  # of the test plot
+) -> np.ndarray:  # float64 [maps, 7]
     "Category `c` of a seed, a pure function of these numbers: from memory, from disk, or searched."
     if (seed, rate, points, c) not in _found:
         cache = _canonical_cache(seed, rate, points)
@@ -113,18 +129,28 @@ def canonical_category(
 
 # %% ../../nbs/formulas/04_ifs_search.ipynb #c4156942
 def canonical_categories(
-    n:int,                # how many
-    seed:int=0,           # the formula's
-    rate:float=0.2,       # share of lit pixels asked for
-    points:int=100_000,   # of the test plot
-    workers:int=1,        # threads
-) -> list:                # n arrays float64 [maps, 7]
+    n: int,  # how many
+    seed: int = 0,  # the formula's
+    rate: float = 0.2,  # share of lit pixels asked for
+    points: int = 100_000,  # of the test plot
+    workers: int = 1,  # threads
+) -> list:  # n arrays float64 [maps, 7]
     "Categories 0 … n - 1 of a seed, searched in parallel and kept under the machine's data root; the threads change only the time."
-    return search_parallel(lambda c: canonical_category(seed, c, rate, points), n, _canonical_cache(seed, rate, points), workers)
+    return search_parallel(
+        lambda c: canonical_category(seed, c, rate, points),
+        n,
+        _canonical_cache(seed, rate, points),
+        workers,
+    )
 
 # %% ../../nbs/formulas/04_ifs_search.ipynb #0f33ca6f
 @lru_cache(4)
-def published_categories(rate:float=0.2, points:int=100_000) -> CategoryStream:
+def published_categories(rate: float = 0.2, points: int = 100_000) -> CategoryStream:
     "FractalDB's own categories, `ifs_search.py` from seed 1: `.upto(n)` searches as far as asked for and keeps what it finds."
-    search = lambda rng: first_filling(published_candidates(rng, points), rate)
-    return CategoryStream(search, NumpyRandom(1), category_cache('fractaldb-published', rate=rate, points=points))
+
+    def search(rng):
+        return first_filling(published_candidates(rng, points), rate)
+
+    return CategoryStream(
+        search, NumpyRandom(1), category_cache('fractaldb-published', rate=rate, points=points)
+    )

@@ -17,24 +17,28 @@ from .serialization import CheckpointError
 
 # %% ../../nbs/models/03_bundle.ipynb #f6bc5e46
 def varint(
-    data:bytes,
-    at:int,               # where it begins
-) -> tuple:               # (the number, where it ends)
+    data: bytes,
+    at: int,  # where it begins
+) -> tuple:  # (the number, where it ends)
     "A number of seven bits a byte, lowest first; `ValueError` if it does not end, or not within 64 bits."
     value = 0
     for shift in range(0, 64, 7):
-        if at >= len(data): raise ValueError('a number runs over the end')
+        if at >= len(data):
+            raise ValueError('a number runs over the end')
         value |= (data[at] & 127) << shift
         at += 1
-        if data[at - 1] < 128: return value, at
+        if data[at - 1] < 128:
+            return value, at
     raise ValueError('a number of more than 64 bits')
 
 # %% ../../nbs/models/03_bundle.ipynb #6736ba52
-MAGIC = 0xdb4775248b80fb57
+MAGIC = 0xDB4775248B80FB57
+
 
 def _footer(index):
     "Where the block of metadata and the list of blocks are: (offset, size) each."
-    if len(index) < 48 or struct.unpack('<Q', index[-8:])[0] != MAGIC: raise ValueError('it does not end as an index does')
+    if len(index) < 48 or struct.unpack('<Q', index[-8:])[0] != MAGIC:
+        raise ValueError('it does not end as an index does')
     at, numbers = 0, []
     for _ in range(4):
         number, at = varint(index[-48:-8], at)
@@ -42,85 +46,113 @@ def _footer(index):
     return tuple(numbers[:2]), tuple(numbers[2:])
 
 # %% ../../nbs/models/03_bundle.ipynb #a86ee159
-def masked_crc(data:bytes) -> int:
+def masked_crc(data: bytes) -> int:
     "CRC-32C of the data, rotated and shifted as LevelDB and TensorFlow store it."
     crc = google_crc32c.value(bytes(data))
-    return ((crc >> 15 | crc << 17) + 0xa282ead8) & 0xffffffff
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 # %% ../../nbs/models/03_bundle.ipynb #09f613b8
 def _block(index, offset, size):
     "A block's bytes, checked and unpacked."
-    stored, crc = index[offset:offset + size + 1], index[offset + size + 1:offset + size + 5]
-    if len(crc) < 4: raise ValueError(f'a block at byte {offset} runs over the end')
-    if masked_crc(stored) != struct.unpack('<I', crc)[0]: raise ValueError(f'the checksum of the block at byte {offset} is wrong')
-    if stored[-1] == 0: return stored[:-1]
-    if stored[-1] != 1: raise ValueError(f'the block at byte {offset} is of kind {stored[-1]}, neither plain (0) nor Snappy (1)')
+    stored, crc = index[offset : offset + size + 1], index[offset + size + 1 : offset + size + 5]
+    if len(crc) < 4:
+        raise ValueError(f'a block at byte {offset} runs over the end')
+    if masked_crc(stored) != struct.unpack('<I', crc)[0]:
+        raise ValueError(f'the checksum of the block at byte {offset} is wrong')
+    if stored[-1] == 0:
+        return stored[:-1]
+    if stored[-1] != 1:
+        raise ValueError(
+            f'the block at byte {offset} is of kind {stored[-1]}, neither plain (0) nor Snappy (1)'
+        )
     return bytes(cramjam.snappy.decompress_raw(stored[:-1]))
 
 # %% ../../nbs/models/03_bundle.ipynb #be444ee2
 def _rows(block):
     "Keys and values of a block."
-    if len(block) < 4: raise ValueError('a block is shorter than its own ending')
+    if len(block) < 4:
+        raise ValueError('a block is shorter than its own ending')
     end, at, key = len(block) - 4 - 4 * struct.unpack('<I', block[-4:])[0], 0, b''
     while at < end:
         shared, at = varint(block, at)
         new, at = varint(block, at)
         size, at = varint(block, at)
-        if shared > len(key) or at + new + size > end: raise ValueError('a row runs over its block')
-        key, value = key[:shared] + block[at:at + new], block[at + new:at + new + size]
+        if shared > len(key) or at + new + size > end:
+            raise ValueError('a row runs over its block')
+        key, value = key[:shared] + block[at : at + new], block[at + new : at + new + size]
         at += new + size
         yield key, value
 
 # %% ../../nbs/models/03_bundle.ipynb #1745eab4
 def fields(
-    message:bytes,
-) -> dict:                # field number → list of ints (numbers) or bytes (everything else)
+    message: bytes,
+) -> dict:  # field number → list of ints (numbers) or bytes (everything else)
     "The fields of a Protocol Buffers message; `ValueError` if it is none."
     found, at = {}, 0
     while at < len(message):
         tag, at = varint(message, at)
         number, kind = tag >> 3, tag & 7
-        if kind == 0: value, at = varint(message, at)
+        if kind == 0:
+            value, at = varint(message, at)
         elif kind in (1, 2, 5):
             size, at = varint(message, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
-            value, at = message[at:at + size], at + size
-            if at > len(message): raise ValueError('a field runs over its message')
-            if kind != 2: value = int.from_bytes(value, 'little')
-        else: raise ValueError(f'a field of kind {kind}')
+            value, at = message[at : at + size], at + size
+            if at > len(message):
+                raise ValueError('a field runs over its message')
+            if kind != 2:
+                value = int.from_bytes(value, 'little')
+        else:
+            raise ValueError(f'a field of kind {kind}')
         found.setdefault(number, []).append(value)
     return found
 
 # %% ../../nbs/models/03_bundle.ipynb #8d1ab90f
-DTYPES = {1: torch.float32, 2: torch.float64, 3: torch.int32, 4: torch.uint8, 6: torch.int8, 9: torch.int64, 10: torch.bool, 14: torch.bfloat16, 19: torch.float16}
+DTYPES = {
+    1: torch.float32,
+    2: torch.float64,
+    3: torch.int32,
+    4: torch.uint8,
+    6: torch.int8,
+    9: torch.int64,
+    10: torch.bool,
+    14: torch.bfloat16,
+    19: torch.float16,
+}
 TEXT = 7
+
 
 @dataclass(frozen=True)
 class Entry:
     "Where a tensor lies, and how to know that it is whole."
-    dtype: int            # TensorFlow's number of the type, see `DTYPES`
+
+    dtype: int  # TensorFlow's number of the type, see `DTYPES`
     shape: tuple
-    shard: int            # which data file
-    offset: int           # first byte there
-    size: int             # bytes
-    crc: int              # masked CRC-32C of these bytes
+    shard: int  # which data file
+    offset: int  # first byte there
+    size: int  # bytes
+    crc: int  # masked CRC-32C of these bytes
     sliced: bool = False  # the tensor is spread over several entries, as partitioned variables are
 
 # %% ../../nbs/models/03_bundle.ipynb #ae181256
 def _number(found, name):
     value = found.get(name, [0])[-1]
-    if not isinstance(value, int): raise ValueError(f'field {name} is no number')
+    if not isinstance(value, int):
+        raise ValueError(f'field {name} is no number')
     return value
+
 
 def _entry(message):
     found = fields(message)
-    shape = tuple(_number(fields(size), 1) for sizes in found.get(2, []) for size in fields(sizes).get(2, []))
+    shape = tuple(
+        _number(fields(size), 1) for sizes in found.get(2, []) for size in fields(sizes).get(2, [])
+    )
     dtype, *place = (_number(found, name) for name in (1, 3, 4, 5, 6))
     return Entry(dtype, shape, *place, sliced=7 in found)
 
 # %% ../../nbs/models/03_bundle.ipynb #fa794faa
 def read_index(
-    path:str|Path,        # `….index`
-) -> tuple:               # (number of data files, dict of entries by key)
+    path: str | Path,  # `….index`
+) -> tuple:  # (number of data files, dict of entries by key)
     "The table of contents of a TensorFlow checkpoint; `CheckpointError` if it is damaged or none."
     path, rows = Path(path), {}
     try:
@@ -132,22 +164,38 @@ def read_index(
         entries = {key.decode(): _entry(value) for key, value in rows.items()}
     except (ValueError, KeyError, TypeError, AttributeError, cramjam.DecompressionError) as e:
         reason = 'it has no header' if isinstance(e, KeyError) else e
-        raise CheckpointError(f'{path.name!r} is damaged or no index of a TensorFlow checkpoint ({reason}); copy or download it again') from None
-    if _number(header, 2): raise CheckpointError(f'{path.name!r} was written on a big-endian machine; convert it there')
+        raise CheckpointError(
+            f'{path.name!r} is damaged or no index of a TensorFlow checkpoint ({reason}); copy or download it again'
+        ) from None
+    if _number(header, 2):
+        raise CheckpointError(
+            f'{path.name!r} was written on a big-endian machine; convert it there'
+        )
     return _number(header, 1), entries
 
 # %% ../../nbs/models/03_bundle.ipynb #1dfb30af
 @dataclass(frozen=True, repr=False, eq=False)
 class Bundle(Mapping):
     "A TensorFlow checkpoint: keys → tensors on the CPU, each read and checked when asked for; made by `open_bundle`."
-    path: Path            # the index
-    shards: tuple         # data files
-    entries: dict         # all of them, texts too
-    def __iter__(self): return (key for key, entry in self.entries.items() if entry.dtype != TEXT)
-    def __len__(self): return sum(1 for _ in self)
-    def __repr__(self): return f'{self.path.name}: {len(self)} tensors in {len(self.shards)} data files'
-    def __contains__(self, key): return key in self.entries and self.entries[key].dtype != TEXT
-    def __getitem__(self, key): return _tensor(self, key, self.entries[key])
+
+    path: Path  # the index
+    shards: tuple  # data files
+    entries: dict  # all of them, texts too
+
+    def __iter__(self):
+        return (key for key, entry in self.entries.items() if entry.dtype != TEXT)
+
+    def __len__(self):
+        return sum(1 for _ in self)
+
+    def __repr__(self):
+        return f'{self.path.name}: {len(self)} tensors in {len(self.shards)} data files'
+
+    def __contains__(self, key):
+        return key in self.entries and self.entries[key].dtype != TEXT
+
+    def __getitem__(self, key):
+        return _tensor(self, key, self.entries[key])
 
 # %% ../../nbs/models/03_bundle.ipynb #3990ff05
 def _raw(bundle, key, entry):
@@ -156,10 +204,16 @@ def _raw(bundle, key, entry):
     with open(file, 'rb') as data:
         data.seek(entry.offset)
         raw = data.read(entry.size)
-    if len(raw) < entry.size: raise CheckpointError(f'{file.name!r} ends within {key!r}; copy or download it again')
-    try: summed = _summed_text(raw, math.prod(entry.shape)) if entry.dtype == TEXT else raw
-    except ValueError: summed = b''
-    if masked_crc(summed) != entry.crc: raise CheckpointError(f'{file.name!r} is damaged at {key!r}: its checksum is wrong; copy or download it again')
+    if len(raw) < entry.size:
+        raise CheckpointError(f'{file.name!r} ends within {key!r}; copy or download it again')
+    try:
+        summed = _summed_text(raw, math.prod(entry.shape)) if entry.dtype == TEXT else raw
+    except ValueError:
+        summed = b''
+    if masked_crc(summed) != entry.crc:
+        raise CheckpointError(
+            f'{file.name!r} is damaged at {key!r}: its checksum is wrong; copy or download it again'
+        )
     return raw
 
 # %% ../../nbs/models/03_bundle.ipynb #da1c57aa
@@ -171,41 +225,67 @@ def _summed_text(raw, texts):
         lengths.append(length.to_bytes(4 if length < 2**32 else 8, 'little'))
     return b''.join(lengths) + raw[at:]
 
+
 def _tensor(bundle, key, entry):
     name = bundle.path.name
-    if entry.dtype not in DTYPES: raise CheckpointError(f'{name!r}: {key!r} is of type {entry.dtype}, which is no number that torch knows; leave it out')
-    if entry.sliced: raise CheckpointError(f'{name!r}: {key!r} is stored in slices, which is not read here; save it again from one process')
+    if entry.dtype not in DTYPES:
+        raise CheckpointError(
+            f'{name!r}: {key!r} is of type {entry.dtype}, which is no number that torch knows; leave it out'
+        )
+    if entry.sliced:
+        raise CheckpointError(
+            f'{name!r}: {key!r} is stored in slices, which is not read here; save it again from one process'
+        )
     dtype = DTYPES[entry.dtype]
-    if math.prod(entry.shape) * dtype.itemsize != entry.size: raise CheckpointError(f'{name!r}: {key!r} has {entry.size} bytes for shape {entry.shape} of {dtype}; download it again')
+    if math.prod(entry.shape) * dtype.itemsize != entry.size:
+        raise CheckpointError(
+            f'{name!r}: {key!r} has {entry.size} bytes for shape {entry.shape} of {dtype}; download it again'
+        )
     raw = _raw(bundle, key, entry)
-    return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(entry.shape) if raw else torch.empty(entry.shape, dtype=dtype)
+    return (
+        torch.frombuffer(bytearray(raw), dtype=dtype).reshape(entry.shape)
+        if raw
+        else torch.empty(entry.shape, dtype=dtype)
+    )
 
 # %% ../../nbs/models/03_bundle.ipynb #a1654a99
 def open_bundle(
-    path:str|Path,        # `….index`; the data files `….data-00000-of-00001` lie beside it
+    path: str | Path,  # `….index`; the data files `….data-00000-of-00001` lie beside it
 ) -> Bundle:
     "A TensorFlow checkpoint, its table of contents read; `CheckpointError` if a file is missing, damaged or too short."
     path = Path(path)
     count, entries = read_index(path)
     stem = path.name.removesuffix('.index')
-    shards = tuple(path.with_name(f'{stem}.data-{i:05}-of-{count:05}') for i in range(min(count, 10**5)))
+    shards = tuple(
+        path.with_name(f'{stem}.data-{i:05}-of-{count:05}') for i in range(min(count, 10**5))
+    )
     lengths = []
     for file in shards:
-        if not file.is_file(): raise CheckpointError(f'{file.name!r} is not beside {path.name!r}, which needs {count} data files; copy or download it too')
+        if not file.is_file():
+            raise CheckpointError(
+                f'{file.name!r} is not beside {path.name!r}, which needs {count} data files; copy or download it too'
+            )
         lengths.append(file.stat().st_size)
     for key, e in sorted(entries.items(), key=lambda item: (item[1].shard, item[1].offset)):
-        if e.shard >= count: raise CheckpointError(f'{path.name!r}: {key!r} is in data file {e.shard} of {count}; download the index again')
-        if e.offset + e.size > lengths[e.shard]: raise CheckpointError(f'{shards[e.shard].name!r} is cut short: it ends at byte {lengths[e.shard]}, {key!r} '
-                                                                       f'at {e.offset + e.size}; copy or download it again')
+        if e.shard >= count:
+            raise CheckpointError(
+                f'{path.name!r}: {key!r} is in data file {e.shard} of {count}; download the index again'
+            )
+        if e.offset + e.size > lengths[e.shard]:
+            raise CheckpointError(
+                f'{shards[e.shard].name!r} is cut short: it ends at byte {lengths[e.shard]}, {key!r} '
+                f'at {e.offset + e.size}; copy or download it again'
+            )
     return Bundle(path, shards, entries)
 
 # %% ../../nbs/models/03_bundle.ipynb #e018be9a
 VALUE, SLOT = '/.ATTRIBUTES/VARIABLE_VALUE', '/.OPTIMIZER_SLOT/'
 
+
 def bundle_tree(
-    bundle:Bundle,
-    depth:int=2,          # levels shown
-) -> str:                 # a line a branch
+    bundle: Bundle,
+    depth: int = 2,  # levels shown
+) -> str:  # a line a branch
     "The keys of a bundle as a tree, with tensors and bytes on every branch; what an optimizer remembers hangs on its variable."
     tensors, size = Counter(), Counter()
     for key in bundle:
@@ -213,19 +293,24 @@ def bundle_tree(
         for level in range(1, min(len(words), depth) + 1):
             tensors[*words[:level]] += 1
             size[*words[:level]] += bundle.entries[key].size
-    return '\n'.join(f'{"    " * (len(branch) - 1) + branch[-1]:<28} {tensors[branch]:>4} tensors {size[branch]:>13,} bytes' for branch in sorted(tensors))
+    return '\n'.join(
+        f'{"    " * (len(branch) - 1) + branch[-1]:<28} {tensors[branch]:>4} tensors {size[branch]:>13,} bytes'
+        for branch in sorted(tensors)
+    )
 
 # %% ../../nbs/models/03_bundle.ipynb #a1ae3692
 def slots(
-    bundle:Bundle,
-) -> dict:                # name of the slot → number of tensors
+    bundle: Bundle,
+) -> dict:  # name of the slot → number of tensors
     "What the optimizer remembered: `momentum`, Adam's `m` and `v`, `average` (averaged weights)."
-    return dict(Counter(key.removesuffix(VALUE).rpartition('/')[2] for key in bundle if SLOT in key))
+    return dict(
+        Counter(key.removesuffix(VALUE).rpartition('/')[2] for key in bundle if SLOT in key)
+    )
 
 # %% ../../nbs/models/03_bundle.ipynb #5191d7b3
 def check_bundle(
-    path:str|Path,        # `….index`
-) -> int:                 # bytes whose checksums are right
+    path: str | Path,  # `….index`
+) -> int:  # bytes whose checksums are right
     "Check every entry of a TensorFlow checkpoint; `CheckpointError` names the first that is damaged."
     bundle = open_bundle(path)
     return sum(len(_raw(bundle, key, entry)) for key, entry in bundle.entries.items())

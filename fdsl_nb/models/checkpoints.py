@@ -31,205 +31,354 @@ READERS = {'.safetensors': read_safetensors, '.npz': read_google, '.index': open
 
 # %% ../../nbs/models/06_checkpoints.ipynb #10e4721b
 def read_checkpoint(
-    path:str|Path,        # .pth, .pth.tar, .torch, .safetensors, …
-) -> Mapping:             # as stored, tensors on the CPU; a bundle's are read when asked for
+    path: str | Path,  # .pth, .pth.tar, .torch, .safetensors, …
+) -> Mapping:  # as stored, tensors on the CPU; a bundle's are read when asked for
     "A checkpoint's content, without running anything in it; `CheckpointError` or `FileNotFoundError` says what is wrong and what to do."
     path = Path(path)
     check_file(path)
     content = READERS.get(path.suffix.lower(), read_torch)(path)
-    if not isinstance(content, Mapping): raise CheckpointError(f'{path.name!r} holds a {type(content).__name__}, not a checkpoint; save model.state_dict()')
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f'{path.name!r} holds a {type(content).__name__}, not a checkpoint; save model.state_dict()'
+        )
     return content
 
 # %% ../../nbs/models/06_checkpoints.ipynb #6b10128b
 @dataclass(frozen=True)
 class Layout:
     "Where one family of programs keeps the weights: functions of a checkpoint's content, each a dict of tensors or None."
+
     name: str
-    files: str                                     # what such files are usually called
+    files: str  # what such files are usually called
     weights: Callable
     averaged: Callable = lambda content: None
-    note: str = ''                                 # what the file does not say, for the report
+    note: str = ''  # what the file does not say, for the report
 
-def _tensors(value): return value if isinstance(value, dict) and value and all(map(torch.is_tensor, value.values())) else None
+
+def _tensors(value):
+    return (
+        value
+        if isinstance(value, dict) and value and all(map(torch.is_tensor, value.values()))
+        else None
+    )
+
 
 def _entry(*keys):
     def find(content):
-        for key in keys: content = content.get(key) if isinstance(content, dict) else None
+        for key in keys:
+            content = content.get(key) if isinstance(content, dict) else None
         return _tensors(content)
+
     return find
 
+
 def _trunk(content):
-    found, names = _entry('classy_state_dict', 'base_model', 'model', 'trunk')(content), dict(class_token='cls_token', pos_embedding='pos_embed')
+    found, names = (
+        _entry('classy_state_dict', 'base_model', 'model', 'trunk')(content),
+        dict(class_token='cls_token', pos_embedding='pos_embed'),
+    )
     return found and {names.get(k, k): v for k, v in clean_state_dict(found).items()}
 
 # %% ../../nbs/models/06_checkpoints.ipynb #2a0db066
 LAYOUTS = (
-    Layout('timm', 'last.pth.tar, model_best.pth.tar, checkpoint-N.pth.tar', _entry('state_dict'), _entry('state_dict_ema')),
+    Layout(
+        'timm',
+        'last.pth.tar, model_best.pth.tar, checkpoint-N.pth.tar',
+        _entry('state_dict'),
+        _entry('state_dict_ema'),
+    ),
     Layout('model', '*_NNNep.pth', _entry('model'), _entry('model_ema')),
     Layout('VISSL trunk', '*.torch', _trunk),
     Layout('Google', '*.npz', google_weights),
     Layout('ViT-pytorch', '*_checkpoint.bin', vit_pytorch_weights),
     Layout('COYO-ViT', '*.index', coyo_weights, coyo_averages),
-    Layout('Hugging Face ViT', 'pytorch_model.bin, *.safetensors', hugging_face_weights,
-           note="its config.json names the activation; COYO-ViT's is gelu_tanh (model coyo_vit_…)"),
-    Layout('weights', '*.safetensors, *.pth', _tensors))
+    Layout(
+        'Hugging Face ViT',
+        'pytorch_model.bin, *.safetensors',
+        hugging_face_weights,
+        note="its config.json names the activation; COYO-ViT's is gelu_tanh (model coyo_vit_…)",
+    ),
+    Layout('weights', '*.safetensors, *.pth', _tensors),
+)
 
-CHECKS = {'Google': check_heads, 'COYO-ViT': check_activation}     # functions of (model, path) that raise
+CHECKS = {
+    'Google': check_heads,
+    'COYO-ViT': check_activation,
+}  # functions of (model, path) that raise
 
 # %% ../../nbs/models/06_checkpoints.ipynb #82a54862
 def _from_address(source, where):
     try:
-        if source == 'local-dir': return load_state_dict_from_path(Path(where), weights_only=True)
+        if source == 'local-dir':
+            return load_state_dict_from_path(Path(where), weights_only=True)
         return load_state_dict_from_hf(where, weights_only=True)
     except Exception as e:
-        remedy = 'is it a folder with model.safetensors?' if source == 'local-dir' else 'without network, copy the repository and use local-dir:FOLDER'
-        raise CheckpointError(f'{source}:{where} cannot be opened ({type(e).__name__}: {e}); {remedy}') from e
+        remedy = (
+            'is it a folder with model.safetensors?'
+            if source == 'local-dir'
+            else 'without network, copy the repository and use local-dir:FOLDER'
+        )
+        raise CheckpointError(
+            f'{source}:{where} cannot be opened ({type(e).__name__}: {e}); {remedy}'
+        ) from e
 
 # %% ../../nbs/models/06_checkpoints.ipynb #20e16032
 def read_weights(
-    path:str|Path,        # a file, `local-dir:FOLDER` or `hf-hub:OWNER/MODEL`
-    ema:bool=False,       # the averaged weights instead
-) -> tuple:               # (the layout's name, dict of tensors)
+    path: str | Path,  # a file, `local-dir:FOLDER` or `hf-hub:OWNER/MODEL`
+    ema: bool = False,  # the averaged weights instead
+) -> tuple:  # (the layout's name, dict of tensors)
     "The weights of a checkpoint of any known layout; `CheckpointError` if it has none."
     source, _, where = str(path).partition(':')
     address = source in ('local-dir', 'hf-hub')
-    content, name = (_from_address(source, where), str(path)) if address else (read_checkpoint(path), Path(path).name)
+    content, name = (
+        (_from_address(source, where), str(path))
+        if address
+        else (read_checkpoint(path), Path(path).name)
+    )
     for layout in LAYOUTS:
         found = (layout.averaged if ema else layout.weights)(content)
-        if found: return source if address and layout.name == 'weights' else layout.name, clean_state_dict(found)
-    if ema and any(l.weights(content) for l in LAYOUTS): raise CheckpointError(f'{name!r} has no averaged weights; leave ema out')
-    raise CheckpointError(f'{name!r} holds {", ".join(map(repr, list(content)[:6]))}: none of the layouts {", ".join(l.name for l in LAYOUTS)}; save its dict of weights alone')
+        if found:
+            return (
+                source if address and layout.name == 'weights' else layout.name,
+                clean_state_dict(found),
+            )
+    if ema and any(l.weights(content) for l in LAYOUTS):
+        raise CheckpointError(f'{name!r} has no averaged weights; leave ema out')
+    raise CheckpointError(
+        f'{name!r} holds {", ".join(map(repr, list(content)[:6]))}: none of the layouts {", ".join(l.name for l in LAYOUTS)}; save its dict of weights alone'
+    )
 
 # %% ../../nbs/models/06_checkpoints.ipynb #55157ce0
 def _resize_positions(model, weights, mode):
-    if mode not in RESIZE_MODES: raise ValueError(f'resize={mode!r} is not known' + did_you_mean(mode, RESIZE_MODES))
+    if mode not in RESIZE_MODES:
+        raise ValueError(f'resize={mode!r} is not known' + did_you_mean(mode, RESIZE_MODES))
     own, stored = getattr(model, 'pos_embed', None), weights.get('pos_embed')
-    if own is None or stored is None or stored.shape == own.shape or stored.shape[-1] != own.shape[-1]: return weights, None
+    if (
+        own is None
+        or stored is None
+        or stored.shape == own.shape
+        or stored.shape[-1] != own.shape[-1]
+    ):
+        return weights, None
     grid = tuple(model.patch_embed.grid_size)
     places = stored.shape[1] - (own.shape[1] - math.prod(grid))
     side = math.isqrt(max(places, 0))
-    if side * side != places: raise CheckpointError(f'a position embedding of {stored.shape[1]} tokens is no square grid beside the '
-        f'{own.shape[1] - math.prod(grid)} extra tokens of {type(model).__name__}; create the model that was trained (distilled or not)')
+    if side * side != places:
+        raise CheckpointError(
+            f'a position embedding of {stored.shape[1]} tokens is no square grid beside the '
+            f'{own.shape[1] - math.prod(grid)} extra tokens of {type(model).__name__}; create the model that was trained (distilled or not)'
+        )
     resized = resize_position_embedding(stored, (side, side), grid, mode)
     return weights | dict(pos_embed=resized), ('position embedding', (side, side), grid)
 
 # %% ../../nbs/models/06_checkpoints.ipynb #66892360
 def _modernise(model, weights):
     filters = getattr(inspect.getmodule(type(model)), 'checkpoint_filter_fn', None)
-    if not filters: return weights, ()
-    try: modern = filters(weights, model)
+    if not filters:
+        return weights, ()
+    try:
+        modern = filters(weights, model)
     except (AttributeError, RuntimeError, AssertionError) as e:
-        raise CheckpointError(f'these weights are of no {type(model).__name__} of this size ({e}); create the model that was trained') from e
-    return modern, tuple((k, tuple(weights[k].shape), tuple(v.shape)) for k, v in modern.items() if k in weights and v.shape != weights[k].shape)
+        raise CheckpointError(
+            f'these weights are of no {type(model).__name__} of this size ({e}); create the model that was trained'
+        ) from e
+    return modern, tuple(
+        (k, tuple(weights[k].shape), tuple(v.shape))
+        for k, v in modern.items()
+        if k in weights and v.shape != weights[k].shape
+    )
 
 # %% ../../nbs/models/06_checkpoints.ipynb #650568fc
 HEADS = ('auto', 'keep', 'new', 'zero')
 
+
 def _leave_representation(model, weights):
     "The weights without a representation layer that the model lacks, and whether a head among them stands on the model's own layers."
-    own, stored = ({k for k in names if k.startswith('pre_logits.')} for names in (model.state_dict(), weights))
+    own, stored = (
+        {k for k in names if k.startswith('pre_logits.')} for names in (model.state_dict(), weights)
+    )
     return {k: v for k, v in weights.items() if k not in stored - own}, own == stored
 
-def _head_of(model, weights): return {k: v for k, v in weights.items() if k.rpartition('.')[0] in head_names(model)}
+
+def _head_of(model, weights):
+    return {k: v for k, v in weights.items() if k.rpartition('.')[0] in head_names(model)}
+
 
 def _take_head(model, weights, choice, stands):
     "The weights that remain, and what became of the head in words."
-    if choice not in HEADS: raise ValueError(f'head={choice!r} is not known' + did_you_mean(choice, HEADS))
+    if choice not in HEADS:
+        raise ValueError(f'head={choice!r} is not known' + did_you_mean(choice, HEADS))
     head, own = _head_of(model, weights), _head_of(model, model.state_dict())
-    fits = stands and bool(head) and {k: v.shape for k, v in head.items()} == {k: v.shape for k, v in own.items()}
-    classes = f'{len(next(iter(head.values())))} classes in the file' if head else 'none in the file'
-    if head and not stands: classes += ' on another representation layer'
-    if choice == 'keep' and not fits: raise CheckpointError(f"head='keep', but there are {classes} and {model.num_classes} in the model; use 'auto', 'new' or 'zero'")
-    if fits and choice in ('auto', 'keep'): return weights, f'kept, {model.num_classes} classes'
-    fresh = 'the model has none' if not own else f'{model.num_classes} in the model, {"zeroed" if choice == "zero" else "fresh"}'
+    fits = (
+        stands
+        and bool(head)
+        and {k: v.shape for k, v in head.items()} == {k: v.shape for k, v in own.items()}
+    )
+    classes = (
+        f'{len(next(iter(head.values())))} classes in the file' if head else 'none in the file'
+    )
+    if head and not stands:
+        classes += ' on another representation layer'
+    if choice == 'keep' and not fits:
+        raise CheckpointError(
+            f"head='keep', but there are {classes} and {model.num_classes} in the model; use 'auto', 'new' or 'zero'"
+        )
+    if fits and choice in ('auto', 'keep'):
+        return weights, f'kept, {model.num_classes} classes'
+    fresh = (
+        'the model has none'
+        if not own
+        else f'{model.num_classes} in the model, {"zeroed" if choice == "zero" else "fresh"}'
+    )
     return {k: v for k, v in weights.items() if k not in head}, f'{classes}, {fresh}'
 
 # %% ../../nbs/models/06_checkpoints.ipynb #ff27e68a
 def _refuse_misfits(model, weights, name, partial):
     own = model.state_dict()
     head = _head_of(model, own)
-    sizes = [f'{k}: {tuple(v.shape)} in the file, {tuple(own[k].shape)} in the model' for k, v in weights.items() if k in own and v.shape != own[k].shape]
+    sizes = [
+        f'{k}: {tuple(v.shape)} in the file, {tuple(own[k].shape)} in the model'
+        for k, v in weights.items()
+        if k in own and v.shape != own[k].shape
+    ]
     # the counter of batch norm is a statistic that old files and frozen networks lack
-    missing = [k for k in own if k not in weights and not k.endswith('num_batches_tracked') and k not in head]
+    missing = [
+        k
+        for k in own
+        if k not in weights and not k.endswith('num_batches_tracked') and k not in head
+    ]
     unexpected = [k for k in weights if k not in own]
-    names = [f'{k}: not in the file' for k in missing] + [f'{k}: not in the model' for k in unexpected]
+    names = [f'{k}: not in the file' for k in missing] + [
+        f'{k}: not in the model' for k in unexpected
+    ]
     misfits = sizes if partial else sizes + names
     if misfits or not own.keys() & weights.keys():
-        raise CheckpointError(f'{name!r} does not fit {type(model).__name__}: {"; ".join(misfits[:3]) or "no name in common"}'
-            + (f'; and {len(misfits) - 3} more' if len(misfits) > 3 else '') + '. Create the model that was trained'
-            + ('' if sizes or partial else ', or pass partial=True to load what fits'))
+        raise CheckpointError(
+            f'{name!r} does not fit {type(model).__name__}: {"; ".join(misfits[:3]) or "no name in common"}'
+            + (f'; and {len(misfits) - 3} more' if len(misfits) > 3 else '')
+            + '. Create the model that was trained'
+            + ('' if sizes or partial else ', or pass partial=True to load what fits')
+        )
 
 # %% ../../nbs/models/06_checkpoints.ipynb #72d57180
 @dataclass(frozen=True, repr=False)
 class LoadReport:
     "What `load_weights` did: counts of tensors, names of those left over, the head, and what was resized."
-    source: str           # as it was given
+
+    source: str  # as it was given
     layout: str
-    loaded: int           # tensors
-    missing: tuple        # the model's tensors that the file did not set
-    unexpected: tuple     # the file's tensors that the model has no place for
-    head: str             # kept, fresh or zeroed, and why
-    resized: tuple        # of (name, from, to)
+    loaded: int  # tensors
+    missing: tuple  # the model's tensors that the file did not set
+    unexpected: tuple  # the file's tensors that the model has no place for
+    head: str  # kept, fresh or zeroed, and why
+    resized: tuple  # of (name, from, to)
+
     def __repr__(self):
-        def count(names): return f'{len(names)}' + (f' ({", ".join(names[:2])}{", …" if len(names) > 2 else ""})' if names else '')
-        def shape(numbers): return '×'.join(map(str, numbers))
-        lines = [f'{re.split(r"[/:]", self.source)[-1]}, layout {self.layout}: {self.loaded} tensors loaded', f'head: {self.head}',
-                 *(f'{name}: {shape(old)} → {shape(new)}' for name, old, new in self.resized),
-                 f'missing: {count(self.missing)}, unexpected: {count(self.unexpected)}',
-                 *(f'note: {l.note}' for l in LAYOUTS if l.name == self.layout and l.note)]
+        def count(names):
+            return f'{len(names)}' + (
+                f' ({", ".join(names[:2])}{", …" if len(names) > 2 else ""})' if names else ''
+            )
+
+        def shape(numbers):
+            return '×'.join(map(str, numbers))
+
+        lines = [
+            f'{re.split(r"[/:]", self.source)[-1]}, layout {self.layout}: {self.loaded} tensors loaded',
+            f'head: {self.head}',
+            *(f'{name}: {shape(old)} → {shape(new)}' for name, old, new in self.resized),
+            f'missing: {count(self.missing)}, unexpected: {count(self.unexpected)}',
+            *(f'note: {l.note}' for l in LAYOUTS if l.name == self.layout and l.note),
+        ]
         return '\n  '.join(lines)
 
 # %% ../../nbs/models/06_checkpoints.ipynb #b318fa86
 def load_weights(
-    model:torch.nn.Module,# made by timm; changed in place, or not at all if there is an error
-    path:str|Path,        # a file, `local-dir:FOLDER` or `hf-hub:OWNER/MODEL`
+    model: torch.nn.Module,  # made by timm; changed in place, or not at all if there is an error
+    path: str | Path,  # a file, `local-dir:FOLDER` or `hf-hub:OWNER/MODEL`
     *,
-    resize:str='bicubic', # position embeddings: bicubic, bilinear, bilinear_corners
-    head:str='auto',      # auto, keep, new, zero
-    ema:bool=False,       # the averaged weights
-    partial:bool=False,   # allow a backbone that is not complete
+    resize: str = 'bicubic',  # position embeddings: bicubic, bilinear, bilinear_corners
+    head: str = 'auto',  # auto, keep, new, zero
+    ema: bool = False,  # the averaged weights
+    partial: bool = False,  # allow a backbone that is not complete
 ) -> LoadReport:
     "Load a checkpoint of any known layout into a model and say what was done; `CheckpointError` if it does not fit or is none."
     model, (layout, weights) = unwrap_model(model), read_weights(path, ema)
-    if layout in CHECKS: CHECKS[layout](model, path)
+    if layout in CHECKS:
+        CHECKS[layout](model, path)
     weights, positions = _resize_positions(model, weights, resize)
     weights, stands = _leave_representation(model, weights)
     weights, others = _modernise(model, weights)
     body, fate = _take_head(model, weights, head, stands)
     _refuse_misfits(model, body, Path(str(path)).name, partial)
     left = model.load_state_dict(body, strict=False)
-    if head == 'zero': zero_head(model)
-    return LoadReport(str(path), layout, len(body) - len(left.unexpected_keys), tuple(left.missing_keys), tuple(left.unexpected_keys), fate, (*filter(None, [positions]), *others))
+    if head == 'zero':
+        zero_head(model)
+    return LoadReport(
+        str(path),
+        layout,
+        len(body) - len(left.unexpected_keys),
+        tuple(left.missing_keys),
+        tuple(left.unexpected_keys),
+        fate,
+        (*filter(None, [positions]), *others),
+    )
 
 # %% ../../nbs/models/06_checkpoints.ipynb #2a73c7f2
 def _card(model, arch, description, license, tags):
-    ours = '' if type(model).__module__.startswith('timm.') else f'import {type(model).__module__}   # makes the architecture known to timm\n'
+    ours = (
+        ''
+        if type(model).__module__.startswith('timm.')
+        else f'import {type(model).__module__}   # makes the architecture known to timm\n'
+    )
     usage = f"```python\nimport timm\n{ours}model = timm.create_model('local-dir:FOLDER', pretrained=True)   # FOLDER: where this file is\n```"
-    details = {'Architecture': arch, 'Classes': model.num_classes, 'Parameters': f'{sum(p.numel() for p in model.parameters()):,}'}
-    return generate_readme(dict(tags=list(tags), license=license, description=description, details=details, usage=usage), arch)
+    details = {
+        'Architecture': arch,
+        'Classes': model.num_classes,
+        'Parameters': f'{sum(p.numel() for p in model.parameters()):,}',
+    }
+    return generate_readme(
+        dict(
+            tags=list(tags), license=license, description=description, details=details, usage=usage
+        ),
+        arch,
+    )
 
 # %% ../../nbs/models/06_checkpoints.ipynb #0e657eb6
 def _recorded_arch(model, arch):
     recorded = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
-    if not recorded: raise ValueError(f'{type(model).__name__} was not made by timm, which could not rebuild it; make it with create_model')
-    if arch and current_name(arch).partition('.')[0] != recorded: raise ValueError(f'arch={arch!r}, but the model was made as {recorded!r}; leave arch out')
+    if not recorded:
+        raise ValueError(
+            f'{type(model).__name__} was not made by timm, which could not rebuild it; make it with create_model'
+        )
+    if arch and current_name(arch).partition('.')[0] != recorded:
+        raise ValueError(f'arch={arch!r}, but the model was made as {recorded!r}; leave arch out')
     return recorded
 
 # %% ../../nbs/models/06_checkpoints.ipynb #9bd67544
 def export_model(
-    folder:str|Path,      # made if need be
-    model:torch.nn.Module,# made by timm
-    arch:str=None,        # its timm name, checked against what timm recorded
+    folder: str | Path,  # made if need be
+    model: torch.nn.Module,  # made by timm
+    arch: str = None,  # its timm name, checked against what timm recorded
     *,
-    description:str='',   # what it was trained on, for the card
-    license:str='unknown',
-    tags:tuple=('image-classification', 'timm', 'formula-driven-supervised-learning'),
-    label_names:list=None,# of the classes, in order
-    data_config:dict=None,# how images were prepared: mean, std, interpolation, crop_pct
+    description: str = '',  # what it was trained on, for the card
+    license: str = 'unknown',
+    tags: tuple = ('image-classification', 'timm', 'formula-driven-supervised-learning'),
+    label_names: list = None,  # of the classes, in order
+    data_config: dict = None,  # how images were prepared: mean, std, interpolation, crop_pct
 ) -> Path:
     "Write model.safetensors, config.json and README.md, which `local-dir:` opens; `ValueError` if names and model disagree."
     model, folder, recorded = unwrap_model(model), Path(folder), _recorded_arch(model, arch)
-    if label_names and len(label_names) != model.num_classes: raise ValueError(f'{len(label_names)} label_names for {model.num_classes} classes; give one each')
-    save_for_hf(model, folder, dict(label_names=label_names) if label_names else None, safe_serialization=True, data_config=data_config)
-    with whole_file(folder/'README.md', 'w') as file: file.write(_card(model, recorded, description, license, tags))
+    if label_names and len(label_names) != model.num_classes:
+        raise ValueError(
+            f'{len(label_names)} label_names for {model.num_classes} classes; give one each'
+        )
+    save_for_hf(
+        model,
+        folder,
+        dict(label_names=label_names) if label_names else None,
+        safe_serialization=True,
+        data_config=data_config,
+    )
+    with whole_file(folder / 'README.md', 'w') as file:
+        file.write(_card(model, recorded, description, license, tags))
     return folder

@@ -16,11 +16,14 @@ from torch import nn
 
 # %% ../../nbs/models/01_coyo_vit.ipynb #e271a3d6
 def glorot_normal_(
-    weight:torch.Tensor,  # drawn anew, in place, from torch's global generator
-    inputs:int, outputs:int,
+    weight: torch.Tensor,  # drawn anew, in place, from torch's global generator
+    inputs: int,
+    outputs: int,
 ) -> torch.Tensor:
     "Keras's Glorot normal: standard deviation √(2 / (inputs + outputs)), nothing further out than 2.27 of these."
-    width = math.sqrt(2 / (inputs + outputs)) / 0.87962566103423978     # a normal distribution cut at ±2 is that much narrower
+    width = (
+        math.sqrt(2 / (inputs + outputs)) / 0.87962566103423978
+    )  # a normal distribution cut at ±2 is that much narrower
     return nn.init.trunc_normal_(weight, std=width, a=-2 * width, b=2 * width)
 
 # %% ../../nbs/models/01_coyo_vit.ipynb #7b62700b
@@ -31,24 +34,31 @@ def _first_block(block):
         nn.init.zeros_(layer.bias)
     glorot_normal_(block.mlp.fc1.weight, width, hidden)
     nn.init.xavier_uniform_(block.mlp.fc2.weight)
-    for layer in (block.mlp.fc1, block.mlp.fc2): nn.init.normal_(layer.bias, std=1e-6)
+    for layer in (block.mlp.fc1, block.mlp.fc2):
+        nn.init.normal_(layer.bias, std=1e-6)
+
 
 def _first_weights(model):
     nn.init.zeros_(model.cls_token)
     nn.init.normal_(model.pos_embed, std=0.02)
     for layer in (model.patch_embed.proj, *model.pre_logits.children()):
-        if hasattr(layer, 'weight'): nn.init.xavier_uniform_(layer.weight), nn.init.zeros_(layer.bias)
-    for block in model.blocks: _first_block(block)
-    if model.num_classes: nn.init.zeros_(model.head.weight), nn.init.constant_(model.head.bias, model.head_bias)
+        if hasattr(layer, 'weight'):
+            nn.init.xavier_uniform_(layer.weight), nn.init.zeros_(layer.bias)
+    for block in model.blocks:
+        _first_block(block)
+    if model.num_classes:
+        nn.init.zeros_(model.head.weight), nn.init.constant_(model.head.bias, model.head_bias)
 
 # %% ../../nbs/models/01_coyo_vit.ipynb #b3d8c0f1
 class CoyoViT(VisionTransformer):
     "timm's ViT with COYO-ViT's activation, first weights and representation layer."
-    def __init__(self,
+
+    def __init__(
+        self,
         *args,
-        representation:int=0,     # width of the layer before the head; 0: none, as in fine-tuning
-        head_bias:float=None,     # None: -10 with a representation layer (pre-training), else 0
-        **kwargs,                 # as timm's
+        representation: int = 0,  # width of the layer before the head; 0: none, as in fine-tuning
+        head_bias: float = None,  # None: -10 with a representation layer (pre-training), else 0
+        **kwargs,  # as timm's
     ):
         fixed = dict(weight_init='skip')
         super().__init__(*args, **dict(act_layer='gelu_tanh') | kwargs | fixed)
@@ -62,55 +72,89 @@ class CoyoViT(VisionTransformer):
         self.reset_classifier(self.num_classes)
         self.init_weights()
 
-    def init_weights(self, mode:str='', needs_reset:bool=True):
+    def init_weights(self, mode: str = '', needs_reset: bool = True):
         "The first weights, as Keras draws them; from torch's global generator."
         _first_weights(self)
 
-    def reset_classifier(self, num_classes:int, global_pool:str=None):
+    def reset_classifier(self, num_classes: int, global_pool: str = None):
         "A new head of zeros, on the representation layer if there is one."
         super().reset_classifier(num_classes, global_pool)
         if num_classes:
             head = nn.Linear(self.head_hidden_size, num_classes)
             self.head = head.to(self.pos_embed).requires_grad_()
-        for p in self.head.parameters(): nn.init.zeros_(p)
+        for p in self.head.parameters():
+            nn.init.zeros_(p)
 
-    def forward_head(self, x:torch.Tensor, pre_logits:bool=False):
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False):
         "Logits, or what the head sees."
         x = self.head_drop(self.pre_logits(self.fc_norm(self.pool(x))))
         return x if pre_logits else self.head(x)
 
 # %% ../../nbs/models/01_coyo_vit.ipynb #c87c30c1
-SIZES = {'ti': ('tiny', 192, 12, 3), 's': ('small', 384, 12, 6), 'b': ('base', 768, 12, 12), 'l': ('large', 1024, 24, 16)}     # COYO-ViT's letters: width, depth, heads
+SIZES = {
+    'ti': ('tiny', 192, 12, 3),
+    's': ('small', 384, 12, 6),
+    'b': ('base', 768, 12, 12),
+    'l': ('large', 1024, 24, 16),
+}  # COYO-ViT's letters: width, depth, heads
 
-default_cfgs = generate_default_cfgs({f'coyo_vit_{size}_patch16_224': dict(num_classes=21841, input_size=(3, 224, 224), pool_size=None, crop_pct=224 / 256,
-    interpolation='bilinear', fixed_input_size=True, mean=(0.5,) * 3, std=(0.5,) * 3, first_conv='patch_embed.proj', classifier='head') for size, *_ in SIZES.values()})
+default_cfgs = generate_default_cfgs(
+    {
+        f'coyo_vit_{size}_patch16_224': dict(
+            num_classes=21841,
+            input_size=(3, 224, 224),
+            pool_size=None,
+            crop_pct=224 / 256,
+            interpolation='bilinear',
+            fixed_input_size=True,
+            mean=(0.5,) * 3,
+            std=(0.5,) * 3,
+            first_conv='patch_embed.proj',
+            classifier='head',
+        )
+        for size, *_ in SIZES.values()
+    }
+)
+
 
 def checkpoint_filter_fn(state_dict, model):
     "timm's filter of old names, which would drop the representation layer."
-    return timm_filter(state_dict, model) | {k: v for k, v in state_dict.items() if k.startswith('pre_logits.')}
+    return timm_filter(state_dict, model) | {
+        k: v for k, v in state_dict.items() if k.startswith('pre_logits.')
+    }
+
 
 def _make(letter, pretrained, kwargs):
     size, width, depth, heads = SIZES[letter]
-    return build_model_with_cfg(CoyoViT, f'coyo_vit_{size}_patch16_224', pretrained, pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'), **dict(embed_dim=width, depth=depth, num_heads=heads) | kwargs)
+    return build_model_with_cfg(
+        CoyoViT,
+        f'coyo_vit_{size}_patch16_224',
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
+        **dict(embed_dim=width, depth=depth, num_heads=heads) | kwargs,
+    )
 
 # %% ../../nbs/models/01_coyo_vit.ipynb #ea83317a
 @register_model
-def coyo_vit_tiny_patch16_224(pretrained:bool=False, **kwargs) -> CoyoViT:
+def coyo_vit_tiny_patch16_224(pretrained: bool = False, **kwargs) -> CoyoViT:
     "COYO-ViT's `vit-ti/16`."
     return _make('ti', pretrained, kwargs)
 
+
 @register_model
-def coyo_vit_small_patch16_224(pretrained:bool=False, **kwargs) -> CoyoViT:
+def coyo_vit_small_patch16_224(pretrained: bool = False, **kwargs) -> CoyoViT:
     "COYO-ViT's `vit-s/16`."
     return _make('s', pretrained, kwargs)
 
+
 @register_model
-def coyo_vit_base_patch16_224(pretrained:bool=False, **kwargs) -> CoyoViT:
+def coyo_vit_base_patch16_224(pretrained: bool = False, **kwargs) -> CoyoViT:
     "COYO-ViT's `vit-b/16`, trained on ImageNet alone."
     return _make('b', pretrained, kwargs)
 
+
 @register_model
-def coyo_vit_large_patch16_224(pretrained:bool=False, **kwargs) -> CoyoViT:
+def coyo_vit_large_patch16_224(pretrained: bool = False, **kwargs) -> CoyoViT:
     "COYO-ViT's `vit-l/16`, the one whose weights were published."
     return _make('l', pretrained, kwargs)

@@ -14,18 +14,57 @@ from .google import fuse_attention
 from .serialization import CheckpointError
 
 # %% ../../nbs/models/05_coyo_weights.ipynb #058d7e34
-WORDS = {'class_emb': 'cls_token', 'pos_emb': 'pos_embed', 'embedding': 'patch_embed.proj', 'representation': 'pre_logits.fc', 'enc_layers': 'blocks', 'norm': 'norm',
-    'att': 'attn', 'query_dense': 'query', 'key_dense': 'key', 'value_dense': 'value', 'combine_heads': 'proj', 'layernorm1': 'norm1', 'layernorm2': 'norm2',
-    'layer_with_weights-0': 'fc1', 'layer_with_weights-1': 'fc2', 'kernel': 'weight', 'gamma': 'weight', 'beta': 'bias'}
+WORDS = {
+    'class_emb': 'cls_token',
+    'pos_emb': 'pos_embed',
+    'embedding': 'patch_embed.proj',
+    'representation': 'pre_logits.fc',
+    'enc_layers': 'blocks',
+    'norm': 'norm',
+    'att': 'attn',
+    'query_dense': 'query',
+    'key_dense': 'key',
+    'value_dense': 'value',
+    'combine_heads': 'proj',
+    'layernorm1': 'norm1',
+    'layernorm2': 'norm2',
+    'layer_with_weights-0': 'fc1',
+    'layer_with_weights-1': 'fc2',
+    'kernel': 'weight',
+    'gamma': 'weight',
+    'beta': 'bias',
+}
+
 
 def _paths(bundle):
     "timm's names, but for separate query, key and value → paths in the bundle."
-    start = next((key.removesuffix('class_emb' + VALUE) for key in bundle if key.endswith('class_emb' + VALUE)), None)
+    start = next(
+        (
+            key.removesuffix('class_emb' + VALUE)
+            for key in bundle
+            if key.endswith('class_emb' + VALUE)
+        ),
+        None,
+    )
     found = {}
-    for path in (key.removesuffix(VALUE) for key in bundle if start is not None and SLOT not in key):
-        head, words = re.fullmatch(r'(model/)?layer_with_weights-1/(kernel|bias)', path), path.removeprefix(start).split('/')
-        if head: words = ('head', head[2])
-        elif not path.startswith(start) or words[0] not in ('class_emb', 'pos_emb', 'embedding', 'enc_layers', 'norm', 'representation'): continue
+    for path in (
+        key.removesuffix(VALUE) for key in bundle if start is not None and SLOT not in key
+    ):
+        head, words = (
+            re.fullmatch(r'(model/)?layer_with_weights-1/(kernel|bias)', path),
+            path.removeprefix(start).split('/'),
+        )
+        if head:
+            words = ('head', head[2])
+        elif not path.startswith(start) or words[0] not in (
+            'class_emb',
+            'pos_emb',
+            'embedding',
+            'enc_layers',
+            'norm',
+            'representation',
+        ):
+            continue
         found['.'.join(WORDS.get(word, word) for word in words)] = path
     return found
 
@@ -34,50 +73,83 @@ def _from_keras(bundle, keys):
     weights = {}
     for name, key in keys.items():
         value = bundle[key]
-        if key.partition('/.')[0].endswith('/kernel'): value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T
+        if key.partition('/.')[0].endswith('/kernel'):
+            value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T
         weights[name] = value.contiguous()
     return fuse_attention(weights)
 
+
 def coyo_weights(
-    content,              # of a checkpoint: a bundle, or another's
-) -> dict|None:           # timm's name → tensor; None if the content is not COYO-ViT's
+    content,  # of a checkpoint: a bundle, or another's
+) -> dict | None:  # timm's name → tensor; None if the content is not COYO-ViT's
     "COYO-ViT's weights under timm's names; `CheckpointError` if a tensor is damaged."
-    if not isinstance(content, Bundle): return None
-    return _from_keras(content, {name: path + VALUE for name, path in _paths(content).items()}) or None
+    if not isinstance(content, Bundle):
+        return None
+    return (
+        _from_keras(content, {name: path + VALUE for name, path in _paths(content).items()}) or None
+    )
 
 # %% ../../nbs/models/05_coyo_weights.ipynb #94636d3c
 def check_activation(
-    model:nn.Module,      # made by timm
-    path,                 # of the weights, for the answer
+    model: nn.Module,  # made by timm
+    path,  # of the weights, for the answer
 ):
     "`CheckpointError` if the model's activation is not the one that COYO-ViT was trained with."
     for block in getattr(model, 'blocks', ()):
         act = getattr(getattr(block, 'mlp', None), 'act', None)
-        if isinstance(act, GELUTanh) or getattr(act, 'approximate', '') == 'tanh': continue
-        raise CheckpointError(f"{str(path)!r} was trained with gelu_tanh, and this {type(model).__name__} has {type(act).__name__}; create coyo_vit_… or give act_layer='gelu_tanh'")
+        if isinstance(act, GELUTanh) or getattr(act, 'approximate', '') == 'tanh':
+            continue
+        raise CheckpointError(
+            f"{str(path)!r} was trained with gelu_tanh, and this {type(model).__name__} has {type(act).__name__}; create coyo_vit_… or give act_layer='gelu_tanh'"
+        )
 
 # %% ../../nbs/models/05_coyo_weights.ipynb #5248fb2e
 def coyo_averages(
-    content,              # of a checkpoint
-) -> dict|None:           # timm's name → tensor
+    content,  # of a checkpoint
+) -> dict | None:  # timm's name → tensor
     "The averaged weights beside COYO-ViT's weights, under timm's names; None if there are none."
-    if not isinstance(content, Bundle): return None
-    slots = {key.partition(SLOT)[0]: key for key in content if SLOT in key and key.endswith('/average' + VALUE)}
-    return _from_keras(content, {name: slots[path] for name, path in _paths(content).items() if path in slots}) or None
+    if not isinstance(content, Bundle):
+        return None
+    slots = {
+        key.partition(SLOT)[0]: key
+        for key in content
+        if SLOT in key and key.endswith('/average' + VALUE)
+    }
+    return (
+        _from_keras(
+            content, {name: slots[path] for name, path in _paths(content).items() if path in slots}
+        )
+        or None
+    )
 
 # %% ../../nbs/models/05_coyo_weights.ipynb #9c73d154
-HUGGING_FACE_NAMES = (('embeddings.cls_token', 'cls_token'), ('embeddings.position_embeddings', 'pos_embed'), ('embeddings.patch_embeddings.projection', 'patch_embed.proj'),
-    ('encoder.layer.', 'blocks.'), ('attention.attention.', 'attn.'), ('attention.output.dense', 'attn.proj'), ('intermediate.dense', 'mlp.fc1'), ('output.dense', 'mlp.fc2'),
-    ('layernorm_before', 'norm1'), ('layernorm_after', 'norm2'), ('layernorm.', 'norm.'), ('pooler.dense', 'pre_logits.fc'), ('classifier.', 'head.'))
+HUGGING_FACE_NAMES = (
+    ('embeddings.cls_token', 'cls_token'),
+    ('embeddings.position_embeddings', 'pos_embed'),
+    ('embeddings.patch_embeddings.projection', 'patch_embed.proj'),
+    ('encoder.layer.', 'blocks.'),
+    ('attention.attention.', 'attn.'),
+    ('attention.output.dense', 'attn.proj'),
+    ('intermediate.dense', 'mlp.fc1'),
+    ('output.dense', 'mlp.fc2'),
+    ('layernorm_before', 'norm1'),
+    ('layernorm_after', 'norm2'),
+    ('layernorm.', 'norm.'),
+    ('pooler.dense', 'pre_logits.fc'),
+    ('classifier.', 'head.'),
+)
+
 
 def hugging_face_weights(
-    content,              # of a checkpoint
-) -> dict|None:           # timm's name → tensor; None if the content is not of this kind
+    content,  # of a checkpoint
+) -> dict | None:  # timm's name → tensor; None if the content is not of this kind
     "The weights of transformers' ViT under timm's names."
-    if not any(str(key).endswith('encoder.layer.0.layernorm_before.weight') for key in content): return None
+    if not any(str(key).endswith('encoder.layer.0.layernorm_before.weight') for key in content):
+        return None
     weights = {}
     for key, value in content.items():
         key = key.removeprefix('vit.')
-        for old, new in HUGGING_FACE_NAMES: key = key.replace(old, new)
+        for old, new in HUGGING_FACE_NAMES:
+            key = key.replace(old, new)
         weights[key] = value
     return fuse_attention(weights)

@@ -17,178 +17,317 @@ from .serialization import CheckpointError
 
 # %% ../../nbs/models/04_google.ipynb #2ff36497
 def block_shapes(
-    width:int,            # of a token
-    heads:int,            # of attention
-    hidden:int,           # width inside the MLP
-) -> dict:                # name within the block → shape
+    width: int,  # of a token
+    heads: int,  # of attention
+    hidden: int,  # width inside the MLP
+) -> dict:  # name within the block → shape
     "What Google's file holds for one block of the transformer."
     one = width // heads
     shapes = {f'LayerNorm_{n}/{p}': (width,) for n in (0, 2) for p in ('scale', 'bias')}
     for part in ('query', 'key', 'value'):
-        shapes |= {f'MultiHeadDotProductAttention_1/{part}/kernel': (width, heads, one), f'MultiHeadDotProductAttention_1/{part}/bias': (heads, one)}
-    return shapes | {'MultiHeadDotProductAttention_1/out/kernel': (heads, one, width), 'MultiHeadDotProductAttention_1/out/bias': (width,),
-        'MlpBlock_3/Dense_0/kernel': (width, hidden), 'MlpBlock_3/Dense_0/bias': (hidden,),
-        'MlpBlock_3/Dense_1/kernel': (hidden, width), 'MlpBlock_3/Dense_1/bias': (width,)}
+        shapes |= {
+            f'MultiHeadDotProductAttention_1/{part}/kernel': (width, heads, one),
+            f'MultiHeadDotProductAttention_1/{part}/bias': (heads, one),
+        }
+    return shapes | {
+        'MultiHeadDotProductAttention_1/out/kernel': (heads, one, width),
+        'MultiHeadDotProductAttention_1/out/bias': (width,),
+        'MlpBlock_3/Dense_0/kernel': (width, hidden),
+        'MlpBlock_3/Dense_0/bias': (hidden,),
+        'MlpBlock_3/Dense_1/kernel': (hidden, width),
+        'MlpBlock_3/Dense_1/bias': (width,),
+    }
 
 # %% ../../nbs/models/04_google.ipynb #078ca9cd
-RESNET = ((64, 3), (128, 4), (256, 9))     # width and units of the three blocks of R50
+RESNET = ((64, 3), (128, 4), (256, 9))  # width and units of the three blocks of R50
 
-def resnet_shapes() -> dict: # name → shape, 156 of them
+
+def resnet_shapes() -> dict:  # name → shape, 156 of them
     "What Google's file holds for the ResNet of the hybrid network."
-    shapes, before = {'conv_root/kernel': (7, 7, 3, 64), 'gn_root/scale': (64,), 'gn_root/bias': (64,)}, 64
+    shapes, before = (
+        {'conv_root/kernel': (7, 7, 3, 64), 'gn_root/scale': (64,), 'gn_root/bias': (64,)},
+        64,
+    )
     for b, (c, units) in enumerate(RESNET, 1):
         for u in range(1, units + 1):
-            layers = {'1': (1, 1, before, c), '2': (3, 3, c, c), '3': (1, 1, c, 4 * c)} | ({'_proj': (1, 1, before, 4 * c)} if u == 1 else {})
+            layers = {'1': (1, 1, before, c), '2': (3, 3, c, c), '3': (1, 1, c, 4 * c)} | (
+                {'_proj': (1, 1, before, 4 * c)} if u == 1 else {}
+            )
             for name, shape in layers.items():
-                shapes |= {f'block{b}/unit{u}/conv{name}/kernel': shape} | {f'block{b}/unit{u}/gn{name}/{p}': shape[3:] for p in ('scale', 'bias')}
+                shapes |= {f'block{b}/unit{u}/conv{name}/kernel': shape} | {
+                    f'block{b}/unit{u}/gn{name}/{p}': shape[3:] for p in ('scale', 'bias')
+                }
             before = 4 * c
     return shapes
 
 # %% ../../nbs/models/04_google.ipynb #979a18d4
 def google_shapes(
-    depth:int,            # blocks
-    width:int, heads:int, hidden:int,
-    patch:int,            # side, pixels; 1 for the hybrid, whose ResNet has made the cells
-    tokens:int,           # positions: the class token's and a square grid's
-    classes:int=None,     # of the head, None for no head
-    hybrid:bool=False,    # with a ResNet in front?
-    pre_logits:bool=False,# with a layer before the head?
-) -> dict:                # name → shape
+    depth: int,  # blocks
+    width: int,
+    heads: int,
+    hidden: int,
+    patch: int,  # side, pixels; 1 for the hybrid, whose ResNet has made the cells
+    tokens: int,  # positions: the class token's and a square grid's
+    classes: int = None,  # of the head, None for no head
+    hybrid: bool = False,  # with a ResNet in front?
+    pre_logits: bool = False,  # with a layer before the head?
+) -> dict:  # name → shape
     "Everything that a file of Google's ViT holds."
     shapes = resnet_shapes() if hybrid else {}
-    shapes |= {'cls': (1, 1, width), 'embedding/kernel': (patch, patch, 1024 if hybrid else 3, width), 'embedding/bias': (width,),
-        'Transformer/posembed_input/pos_embedding': (1, tokens, width)}
-    shapes |= {f'Transformer/encoderblock_{i}/{k}': v for i in range(depth) for k, v in block_shapes(width, heads, hidden).items()}
+    shapes |= {
+        'cls': (1, 1, width),
+        'embedding/kernel': (patch, patch, 1024 if hybrid else 3, width),
+        'embedding/bias': (width,),
+        'Transformer/posembed_input/pos_embedding': (1, tokens, width),
+    }
+    shapes |= {
+        f'Transformer/encoderblock_{i}/{k}': v
+        for i in range(depth)
+        for k, v in block_shapes(width, heads, hidden).items()
+    }
     shapes |= {f'Transformer/encoder_norm/{p}': (width,) for p in ('scale', 'bias')}
-    if pre_logits: shapes |= {'pre_logits/kernel': (width, width), 'pre_logits/bias': (width,)}
-    return shapes | ({} if classes is None else {'head/kernel': (width, classes), 'head/bias': (classes,)})
+    if pre_logits:
+        shapes |= {'pre_logits/kernel': (width, width), 'pre_logits/bias': (width,)}
+    return shapes | (
+        {} if classes is None else {'head/kernel': (width, classes), 'head/bias': (classes,)}
+    )
 
 # %% ../../nbs/models/04_google.ipynb #465ac1f2
 def _arrays(path):
     try:
         with zipfile.ZipFile(path) as archive:
             # reading the member checks its checksum, and only then is its header believed
-            return {name.removesuffix('.npy'): np.load(io.BytesIO(archive.read(name)), allow_pickle=False) for name in archive.namelist()}
-    except MemoryError: raise
-    except Exception as e:        # zipfile, zlib and NumPy have one for every way to be damaged
-        raise CheckpointError(f'{path.name!r} is damaged or no archive of arrays ({type(e).__name__}: {e}); copy or download it again') from None
+            return {
+                name.removesuffix('.npy'): np.load(
+                    io.BytesIO(archive.read(name)), allow_pickle=False
+                )
+                for name in archive.namelist()
+            }
+    except MemoryError:
+        raise
+    except Exception as e:  # zipfile, zlib and NumPy have one for every way to be damaged
+        raise CheckpointError(
+            f'{path.name!r} is damaged or no archive of arrays ({type(e).__name__}: {e}); copy or download it again'
+        ) from None
 
 # %% ../../nbs/models/04_google.ipynb #e09ebe51
-LANDMARKS = ('embedding/kernel', 'Transformer/posembed_input/pos_embedding', 'Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel',
-    'Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel')
+LANDMARKS = (
+    'embedding/kernel',
+    'Transformer/posembed_input/pos_embedding',
+    'Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel',
+    'Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel',
+)
+
 
 def _expected(arrays, name):
-    lost = [key for key, n in zip(LANDMARKS, (4, 3, 3, 2)) if key not in arrays or arrays[key].ndim != n]
-    if lost: raise CheckpointError(f'{name!r} holds {", ".join(map(repr, [*arrays][:4])) or "nothing"}: no file of Google\'s ViT, which has {", ".join(lost[:2])}; '
-        'files of big_vision and others are opened by timm.create_model(…, checkpoint_path=…)')
+    lost = [
+        key for key, n in zip(LANDMARKS, (4, 3, 3, 2)) if key not in arrays or arrays[key].ndim != n
+    ]
+    if lost:
+        raise CheckpointError(
+            f'{name!r} holds {", ".join(map(repr, [*arrays][:4])) or "nothing"}: no file of Google\'s ViT, which has {", ".join(lost[:2])}; '
+            'files of big_vision and others are opened by timm.create_model(…, checkpoint_path=…)'
+        )
     kernel, positions, query, dense = (arrays[key].shape for key in LANDMARKS)
-    depth = 1 + max(int(found[1]) for key in arrays if (found := re.match(r'Transformer/encoderblock_(\d+)/', key)))
+    depth = 1 + max(
+        int(found[1])
+        for key in arrays
+        if (found := re.match(r'Transformer/encoderblock_(\d+)/', key))
+    )
     classes = arrays['head/bias'].size if 'head/bias' in arrays else None
-    return google_shapes(depth, kernel[3], query[1], dense[1], kernel[0], positions[1], classes, 'conv_root/kernel' in arrays, 'pre_logits/kernel' in arrays)
+    return google_shapes(
+        depth,
+        kernel[3],
+        query[1],
+        dense[1],
+        kernel[0],
+        positions[1],
+        classes,
+        'conv_root/kernel' in arrays,
+        'pre_logits/kernel' in arrays,
+    )
 
 # %% ../../nbs/models/04_google.ipynb #1d0e4931
 def _check_arrays(arrays, name):
     expected = _expected(arrays, name)
     tokens = expected['Transformer/posembed_input/pos_embedding'][1]
-    faults = [f'{k}: not in the file' for k in expected if k not in arrays] + [f'{k}: not known' for k in arrays if k not in expected]
-    faults += [f'{k}: {arrays[k].shape}, expected {shape}' for k, shape in expected.items() if k in arrays and arrays[k].shape != shape]
-    faults += [f'{k}: of type {v.dtype}, expected float32' for k, v in arrays.items() if v.dtype not in (np.float32, np.float16)]
-    if math.isqrt(tokens - 1)**2 != tokens - 1: faults.append(f'positions: {tokens} are no class token and a square grid')
-    if faults: raise CheckpointError(f'{name!r} is no complete file of Google\'s ViT: {"; ".join(faults[:3])}'
-        + (f'; and {len(faults) - 3} more' if len(faults) > 3 else '') + '. Download it again')
+    faults = [f'{k}: not in the file' for k in expected if k not in arrays] + [
+        f'{k}: not known' for k in arrays if k not in expected
+    ]
+    faults += [
+        f'{k}: {arrays[k].shape}, expected {shape}'
+        for k, shape in expected.items()
+        if k in arrays and arrays[k].shape != shape
+    ]
+    faults += [
+        f'{k}: of type {v.dtype}, expected float32'
+        for k, v in arrays.items()
+        if v.dtype not in (np.float32, np.float16)
+    ]
+    if math.isqrt(tokens - 1) ** 2 != tokens - 1:
+        faults.append(f'positions: {tokens} are no class token and a square grid')
+    if faults:
+        raise CheckpointError(
+            f'{name!r} is no complete file of Google\'s ViT: {"; ".join(faults[:3])}'
+            + (f'; and {len(faults) - 3} more' if len(faults) > 3 else '')
+            + '. Download it again'
+        )
+
 
 def read_google(
-    path:str|Path,        # .npz
-) -> dict:                # name in the file → tensor, as stored
+    path: str | Path,  # .npz
+) -> dict:  # name in the file → tensor, as stored
     "A file of Google's ViT, every checksum, name and shape checked; `CheckpointError` says what is missing or unlike."
     path = Path(path)
-    arrays = {k.removeprefix('opt/target/'): v for k, v in _arrays(path).items() if not k.startswith('opt/') or k.startswith('opt/target/')}
+    arrays = {
+        k.removeprefix('opt/target/'): v
+        for k, v in _arrays(path).items()
+        if not k.startswith('opt/') or k.startswith('opt/target/')
+    }
     arrays |= {k: v.flatten() for k, v in arrays.items() if k.startswith('gn_root/')}
     _check_arrays(arrays, path.name)
     return {k: torch.from_numpy(v).float() for k, v in arrays.items()}
 
 # %% ../../nbs/models/04_google.ipynb #b08b779a
-GOOGLE_NAMES = ((r'Transformer/encoderblock_(\d+)/', r'blocks.\1/'), ('LayerNorm_0', 'norm1'), ('LayerNorm_2', 'norm2'), ('MlpBlock_3/Dense_0', 'mlp.fc1'),
-    ('MlpBlock_3/Dense_1', 'mlp.fc2'), ('MultiHeadDotProductAttention_1/out', 'attn.proj'), ('MultiHeadDotProductAttention_1', 'attn'), ('^cls$', 'cls_token'),
-    ('^embedding', 'patch_embed.proj'), ('Transformer/posembed_input/pos_embedding', 'pos_embed'), ('Transformer/encoder_norm', 'norm'),
-    ('^conv_root', 'patch_embed.backbone.stem.conv'), ('^gn_root', 'patch_embed.backbone.stem.norm'), ('conv_proj', 'downsample.conv'), ('gn_proj', 'downsample.norm'),
-    (r'/gn(\d)', r'/norm\1'), (r'^block(\d)/unit(\d)/', lambda m: f'patch_embed.backbone.stages.{int(m[1]) - 1}.blocks.{int(m[2]) - 1}/'),
-    ('/(kernel|scale)$', '/weight'), ('/', '.'))
+GOOGLE_NAMES = (
+    (r'Transformer/encoderblock_(\d+)/', r'blocks.\1/'),
+    ('LayerNorm_0', 'norm1'),
+    ('LayerNorm_2', 'norm2'),
+    ('MlpBlock_3/Dense_0', 'mlp.fc1'),
+    ('MlpBlock_3/Dense_1', 'mlp.fc2'),
+    ('MultiHeadDotProductAttention_1/out', 'attn.proj'),
+    ('MultiHeadDotProductAttention_1', 'attn'),
+    ('^cls$', 'cls_token'),
+    ('^embedding', 'patch_embed.proj'),
+    ('Transformer/posembed_input/pos_embedding', 'pos_embed'),
+    ('Transformer/encoder_norm', 'norm'),
+    ('^conv_root', 'patch_embed.backbone.stem.conv'),
+    ('^gn_root', 'patch_embed.backbone.stem.norm'),
+    ('conv_proj', 'downsample.conv'),
+    ('gn_proj', 'downsample.norm'),
+    (r'/gn(\d)', r'/norm\1'),
+    (
+        r'^block(\d)/unit(\d)/',
+        lambda m: f'patch_embed.backbone.stages.{int(m[1]) - 1}.blocks.{int(m[2]) - 1}/',
+    ),
+    ('/(kernel|scale)$', '/weight'),
+    ('/', '.'),
+)
 
-VIT_PYTORCH_KEYS = ((r'transformer\.encoder\.layer\.', 'blocks.'), ('attention_norm', 'norm1'), ('ffn_norm', 'norm2'), (r'\.ffn\.', '.mlp.'), (r'attn\.out', 'attn.proj'),
-    (r'transformer\.embeddings\.patch_embeddings', 'patch_embed.proj'), (r'transformer\.embeddings\.position_embeddings', 'pos_embed'),
-    (r'transformer\.embeddings\.', ''), (r'transformer\.encoder\.encoder_norm', 'norm'))
+VIT_PYTORCH_KEYS = (
+    (r'transformer\.encoder\.layer\.', 'blocks.'),
+    ('attention_norm', 'norm1'),
+    ('ffn_norm', 'norm2'),
+    (r'\.ffn\.', '.mlp.'),
+    (r'attn\.out', 'attn.proj'),
+    (r'transformer\.embeddings\.patch_embeddings', 'patch_embed.proj'),
+    (r'transformer\.embeddings\.position_embeddings', 'pos_embed'),
+    (r'transformer\.embeddings\.', ''),
+    (r'transformer\.encoder\.encoder_norm', 'norm'),
+)
+
 
 def _renamed(weights, rules):
     def name(key):
-        for pattern, new in rules: key = re.sub(pattern, new, key)
+        for pattern, new in rules:
+            key = re.sub(pattern, new, key)
         return key
+
     return {name(key): value for key, value in weights.items()}
 
 # %% ../../nbs/models/04_google.ipynb #ad9139ac
 def _turned(name, value):
     "A kernel with its axes in torch's order; biases lose their heads."
     if name.endswith('/kernel'):
-        if value.ndim == 4: return value.permute(3, 2, 0, 1)
-        if value.ndim == 3: value = value.flatten(0, 1) if '/out/' in name else value.flatten(1)
+        if value.ndim == 4:
+            return value.permute(3, 2, 0, 1)
+        if value.ndim == 3:
+            value = value.flatten(0, 1) if '/out/' in name else value.flatten(1)
         return value.T
     return value.flatten() if name.endswith('/bias') else value
 
+
 def fuse_attention(
-    weights:dict,         # timm's names, but for `….attn.query.…`, `key` and `value`
+    weights: dict,  # timm's names, but for `….attn.query.…`, `key` and `value`
 ) -> dict:
     "Separate query, key and value as timm's `qkv`; `CheckpointError` if one is missing."
-    lost = [k for k in weights if '.attn.query.' in k and not {k.replace('query', p) for p in ('key', 'value')} <= weights.keys()]
-    if lost: raise CheckpointError(f'{lost[0]} has no key or value beside it; the file is not complete: copy it again')
+    lost = [
+        k
+        for k in weights
+        if '.attn.query.' in k
+        and not {k.replace('query', p) for p in ('key', 'value')} <= weights.keys()
+    ]
+    if lost:
+        raise CheckpointError(
+            f'{lost[0]} has no key or value beside it; the file is not complete: copy it again'
+        )
     found = {k: v for k, v in weights.items() if not re.search(r'\.attn\.(query|key|value)\.', k)}
     for name in [k for k in weights if '.attn.query.' in k]:
-        found[name.replace('query', 'qkv')] = torch.cat([weights[name.replace('query', part)] for part in ('query', 'key', 'value')])
+        found[name.replace('query', 'qkv')] = torch.cat(
+            [weights[name.replace('query', part)] for part in ('query', 'key', 'value')]
+        )
     return {k: v.contiguous() for k, v in found.items()}
 
 # %% ../../nbs/models/04_google.ipynb #641d2c29
 def google_weights(
-    content:dict,         # of a checkpoint
-) -> dict|None:           # timm's name → tensor; None if the content is not of this kind
+    content: dict,  # of a checkpoint
+) -> dict | None:  # timm's name → tensor; None if the content is not of this kind
     "Google's weights under timm's names and in torch's order; without a head that stands on a layer which timm has not."
-    if 'Transformer/posembed_input/pos_embedding' not in content: return None
+    if 'Transformer/posembed_input/pos_embedding' not in content:
+        return None
     behind = ('pre_logits/', 'head/') if 'pre_logits/kernel' in content else ()
     turned = {k: _turned(k, v) for k, v in content.items() if not k.startswith(behind)}
     return fuse_attention(_renamed(turned, GOOGLE_NAMES))
 
 # %% ../../nbs/models/04_google.ipynb #230cbb48
 def check_heads(
-    model:nn.Module,      # made by timm
-    path:str|Path,        # .npz
+    model: nn.Module,  # made by timm
+    path: str | Path,  # .npz
 ):
     "`CheckpointError` if the model's attention has another number of heads than the file's."
     name = 'Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/bias'
-    with np.load(path) as archive: heads = next(archive[k].shape[0] for k in archive.files if k.endswith(name))
+    with np.load(path) as archive:
+        heads = next(archive[k].shape[0] for k in archive.files if k.endswith(name))
     attention = getattr(next(iter(getattr(model, 'blocks', ())), None), 'attn', None)
     own = getattr(attention, 'num_heads', heads)
-    if own != heads: raise CheckpointError(f'{Path(path).name!r} has {heads} attention heads, {type(model).__name__} has {own}; create the model with num_heads={heads}')
+    if own != heads:
+        raise CheckpointError(
+            f'{Path(path).name!r} has {heads} attention heads, {type(model).__name__} has {own}; create the model with num_heads={heads}'
+        )
 
 # %% ../../nbs/models/04_google.ipynb #dafa4bb9
 def vit_pytorch_weights(
-    content:dict,         # of a checkpoint
-) -> dict|None:           # timm's name → tensor; None if the content is not of this kind
+    content: dict,  # of a checkpoint
+) -> dict | None:  # timm's name → tensor; None if the content is not of this kind
     "ViT-pytorch's weights under timm's names; `CheckpointError` for its hybrid, which is not timm's."
-    if not any('transformer.encoder.encoder_norm' in str(k) for k in content): return None
+    if not any('transformer.encoder.encoder_norm' in str(k) for k in content):
+        return None
     content = clean_state_dict(content)
     if any('.hybrid_model.' in k for k in content):
-        raise CheckpointError("the hybrid of ViT-pytorch pads and norms its ResNet otherwise than timm's, and would give other answers; fine-tune from Google's R50+ViT-B_16.npz")
+        raise CheckpointError(
+            "the hybrid of ViT-pytorch pads and norms its ResNet otherwise than timm's, and would give other answers; fine-tune from Google's R50+ViT-B_16.npz"
+        )
     return fuse_attention(_renamed(content, VIT_PYTORCH_KEYS))
 
 # %% ../../nbs/models/04_google.ipynb #02dac8c0
 def vit_pytorch_dropout(
-    model:nn.Module,      # a ViT of timm; changed in place
-    rate:float=0.1,       # 0 … 1
-) -> nn.Module:           # the same model
+    model: nn.Module,  # a ViT of timm; changed in place
+    rate: float = 0.1,  # 0 … 1
+) -> nn.Module:  # the same model
     "Dropout as in ViT-pytorch: after the embedding and twice in each MLP, none in attention; `ValueError` for a model without such places."
-    if not 0 <= rate < 1: raise ValueError(f'dropout={rate} is no rate; choose 0 or more, below 1, e.g. 0.1')
-    try: places = [model.pos_drop, *(d for b in model.blocks for d in (b.mlp.drop1, b.mlp.drop2))]
-    except AttributeError as e: raise ValueError(f'dropout as in ViT-pytorch: {type(model).__name__} is no ViT with plain MLPs ({e}); choose a vit_… or leave it out') from None
+    if not 0 <= rate < 1:
+        raise ValueError(f'dropout={rate} is no rate; choose 0 or more, below 1, e.g. 0.1')
+    try:
+        places = [model.pos_drop, *(d for b in model.blocks for d in (b.mlp.drop1, b.mlp.drop2))]
+    except AttributeError as e:
+        raise ValueError(
+            f'dropout as in ViT-pytorch: {type(model).__name__} is no ViT with plain MLPs ({e}); choose a vit_… or leave it out'
+        ) from None
     # a model made without position dropout has an empty layer there
-    if not isinstance(model.pos_drop, nn.Dropout): model.pos_drop = places[0] = nn.Dropout()
-    for place in places: place.p = float(rate)
-    for block in model.blocks: block.attn.proj_drop.p = block.attn.attn_drop.p = 0.0
+    if not isinstance(model.pos_drop, nn.Dropout):
+        model.pos_drop = places[0] = nn.Dropout()
+    for place in places:
+        place.p = float(rate)
+    for block in model.blocks:
+        block.attn.proj_drop.p = block.attn.attn_drop.p = 0.0
     return model

@@ -20,60 +20,79 @@ from ..core.settings import did_you_mean
 from .coyo_vit import SIZES
 
 # %% ../../nbs/models/02_models.ipynb #26078b32
-VIT_PYTORCH_NAMES = {'ViT-B_16': 'vit_base_patch16_224', 'ViT-B_32': 'vit_base_patch32_224', 'ViT-L_16': 'vit_large_patch16_224',
-    'ViT-L_32': 'vit_large_patch32_224', 'ViT-H_14': 'vit_huge_patch14_224', 'R50-ViT-B_16': 'vit_base_r50_s16_224'}
+VIT_PYTORCH_NAMES = {
+    'ViT-B_16': 'vit_base_patch16_224',
+    'ViT-B_32': 'vit_base_patch32_224',
+    'ViT-L_16': 'vit_large_patch16_224',
+    'ViT-L_32': 'vit_large_patch32_224',
+    'ViT-H_14': 'vit_huge_patch14_224',
+    'R50-ViT-B_16': 'vit_base_r50_s16_224',
+}
+
 
 def current_name(
-    name:str,             # a timm name of any year, with or without tag; or `local-dir:FOLDER`, `hf-hub:OWNER/MODEL`
-) -> str:                 # the name that today's timm knows
+    name: str,  # a timm name of any year, with or without tag; or `local-dir:FOLDER`, `hf-hub:OWNER/MODEL`
+) -> str:  # the name that today's timm knows
     "Today's name of a timm model; `ValueError` with the nearest name if there is none."
-    if ':' in name: return name
-    if name.startswith('vit_deit_'): name = name.removeprefix('vit_')
+    if ':' in name:
+        return name
+    if name.startswith('vit_deit_'):
+        name = name.removeprefix('vit_')
     name = VIT_PYTORCH_NAMES.get(name) or get_deprecated_models().get(name) or name
     if not timm.is_model(name.partition('.')[0]):
-        raise ValueError(f'model={name!r} is not known to timm {timm.__version__}' + did_you_mean(name, [*timm.list_models(), *VIT_PYTORCH_NAMES]))
+        raise ValueError(
+            f'model={name!r} is not known to timm {timm.__version__}'
+            + did_you_mean(name, [*timm.list_models(), *VIT_PYTORCH_NAMES])
+        )
     return name
 
 # %% ../../nbs/models/02_models.ipynb #f2392d05
 def create_model(
-    name:str,             # a timm name, old or new
-    classes:int,          # outputs of the head; 0 for features only
-    image_size:int=None,  # side in pixels; timm's default for that name if None
-    seed:int=None,        # of the initial weights; torch's global generator if None
-    **timm_kwargs,        # what timm takes, e.g. `drop_path_rate=0.1`, `depth=2`
-) -> nn.Module:           # float32, on the CPU, in training mode
+    name: str,  # a timm name, old or new
+    classes: int,  # outputs of the head; 0 for features only
+    image_size: int = None,  # side in pixels; timm's default for that name if None
+    seed: int = None,  # of the initial weights; torch's global generator if None
+    **timm_kwargs,  # what timm takes, e.g. `drop_path_rate=0.1`, `depth=2`
+) -> nn.Module:  # float32, on the CPU, in training mode
     "A timm model with fresh weights; `ValueError` for an unknown name or a size that its patches do not divide."
     name = current_name(name)
     fixed = takes_image_size(name)
-    if image_size and fixed: timm_kwargs['img_size'] = image_size
+    if image_size and fixed:
+        timm_kwargs['img_size'] = image_size
     with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
-        if seed is not None: torch.manual_seed(seed)
+        if seed is not None:
+            torch.manual_seed(seed)
         model = timm.create_model(name, num_classes=classes, **timm_kwargs)
-    if image_size and fixed: _check_patches(model, image_size)
+    if image_size and fixed:
+        _check_patches(model, image_size)
     return model
 
 # %% ../../nbs/models/02_models.ipynb #d5767eff
-def takes_image_size(name:str) -> bool:
+def takes_image_size(name: str) -> bool:
     "Whether a network is built for one image size: transformers and mixers are, ResNets and PVTs not; an address (`local-dir:…`) is taken to be."
     return ':' in name or bool(get_pretrained_cfg(name).fixed_input_size)
+
 
 def _check_patches(model, image_size):
     patches = getattr(model, 'patch_embed', None) or getattr(model, 'stem', None)
     patch = getattr(patches, 'patch_size', 1)
-    if not isinstance(patch, int): patch = patch[0]
+    if not isinstance(patch, int):
+        patch = patch[0]
     if image_size % patch:
         near = max(image_size // patch, 1) * patch
-        raise ValueError(f'image_size={image_size} is no multiple of the patch, {patch} pixels; choose {near} or {near + patch}')
+        raise ValueError(
+            f'image_size={image_size} is no multiple of the patch, {patch} pixels; choose {near} or {near + patch}'
+        )
 
 # %% ../../nbs/models/02_models.ipynb #e2ef2efa
 def create_coyo_vit(
-    name:str='vit-l/16',  # vit-{ti,s,b,l}/PATCH, or a timm name
-    classes:int=21841,    # 0 for features only
-    image_size:int=224,   # pixels
-    representation:int=0, # width of the layer before the head: 1024 for L/16 in pre-training, 0 in fine-tuning
-    dropout:float=0.0,    # after the embedding, the attention and in the MLP; published: 0 for L/16, 0.1 for B/16
-    **kwargs,             # `head_bias`, `seed`, and what timm takes
-) -> nn.Module:           # float32, on the CPU, in training mode
+    name: str = 'vit-l/16',  # vit-{ti,s,b,l}/PATCH, or a timm name
+    classes: int = 21841,  # 0 for features only
+    image_size: int = 224,  # pixels
+    representation: int = 0,  # width of the layer before the head: 1024 for L/16 in pre-training, 0 in fine-tuning
+    dropout: float = 0.0,  # after the embedding, the attention and in the MLP; published: 0 for L/16, 0.1 for B/16
+    **kwargs,  # `head_bias`, `seed`, and what timm takes
+) -> nn.Module:  # float32, on the CPU, in training mode
     "COYO-ViT's network with fresh weights; `ValueError` for an unknown name."
     known = re.fullmatch(r'vit-([a-z]+)/(\d+)', name.lower())
     if known and known[1] in SIZES:
@@ -82,41 +101,58 @@ def create_coyo_vit(
     elif not name.startswith('coyo_vit_'):
         near = did_you_mean(name, [f'vit-{letter}/16' for letter in SIZES])
         raise ValueError(f'model={name!r} is no COYO-ViT{near}')
-    return create_model(name, classes, image_size, representation=representation,
-                        pos_drop_rate=dropout, proj_drop_rate=dropout, **kwargs)
+    return create_model(
+        name,
+        classes,
+        image_size,
+        representation=representation,
+        pos_drop_rate=dropout,
+        proj_drop_rate=dropout,
+        **kwargs,
+    )
 
 # %% ../../nbs/models/02_models.ipynb #639c40d8
 def head_names(
-    model:nn.Module,      # made by timm
-) -> tuple:               # of module names, e.g. `('head',)`
+    model: nn.Module,  # made by timm
+) -> tuple:  # of module names, e.g. `('head',)`
     "The names of a model's classifier layers, as timm records them; `ValueError` if it records none."
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier')
-    if not names: raise ValueError(f'{type(model).__name__} does not say which layer is its head; make it with create_model')
+    if not names:
+        raise ValueError(
+            f'{type(model).__name__} does not say which layer is its head; make it with create_model'
+        )
     return (names,) if isinstance(names, str) else tuple(names)
 
 # %% ../../nbs/models/02_models.ipynb #07a95888
-def zero_head(model:nn.Module) -> nn.Module:
+def zero_head(model: nn.Module) -> nn.Module:
     "The model itself, weights and biases of its head set to zero."
     for name in head_names(model):
-        for p in model.get_submodule(name).parameters(): nn.init.zeros_(p)
+        for p in model.get_submodule(name).parameters():
+            nn.init.zeros_(p)
     return model
 
 # %% ../../nbs/models/02_models.ipynb #176c8a16
 RESIZE_MODES = {
     'bicubic': dict(mode='bicubic', antialias=True),
     'bilinear': dict(mode='bilinear'),
-    'bilinear_corners': dict(mode='bilinear', align_corners=True)}
+    'bilinear_corners': dict(mode='bilinear', align_corners=True),
+}
+
 
 def resize_position_embedding(
-    weights:torch.Tensor, # [1, prefix + h * w, width]; the prefix (class token, …) is kept as it is
-    old_grid:tuple,       # (h, w)
-    new_grid:tuple,       # (h, w)
-    mode:str='bicubic',   # bicubic, bilinear, bilinear_corners
-) -> torch.Tensor:        # [1, prefix + new h * w, width], of the same dtype
+    weights: torch.Tensor,  # [1, prefix + h * w, width]; the prefix (class token, …) is kept as it is
+    old_grid: tuple,  # (h, w)
+    new_grid: tuple,  # (h, w)
+    mode: str = 'bicubic',  # bicubic, bilinear, bilinear_corners
+) -> torch.Tensor:  # [1, prefix + new h * w, width], of the same dtype
     "A position embedding interpolated to another grid; `ValueError` for an unknown mode or a grid that it does not hold."
-    if mode not in RESIZE_MODES: raise ValueError(f'resize={mode!r} is not known' + did_you_mean(mode, RESIZE_MODES))
+    if mode not in RESIZE_MODES:
+        raise ValueError(f'resize={mode!r} is not known' + did_you_mean(mode, RESIZE_MODES))
     prefix = weights.shape[1] - math.prod(old_grid)
-    if prefix < 0: raise ValueError(f'a grid of {old_grid[0]} × {old_grid[1]} does not fit in {weights.shape[1]} tokens; give the grid it was trained on')
+    if prefix < 0:
+        raise ValueError(
+            f'a grid of {old_grid[0]} × {old_grid[1]} does not fit in {weights.shape[1]} tokens; give the grid it was trained on'
+        )
     first, rest = weights[:, :prefix], weights[:, prefix:]
     image = rest.float().unflatten(1, tuple(old_grid)).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=tuple(new_grid), **RESIZE_MODES[mode])
@@ -124,28 +160,39 @@ def resize_position_embedding(
 
 # %% ../../nbs/models/02_models.ipynb #9bf75667
 def parameter_groups(
-    model:nn.Module,
-    weight_decay:float,   # of the weights that decay
-    decay_all:bool=False, # biases, norms and embeddings too
-) -> list:                # of dicts, as torch's optimizers take them
+    model: nn.Module,
+    weight_decay: float,  # of the weights that decay
+    decay_all: bool = False,  # biases, norms and embeddings too
+) -> list:  # of dicts, as torch's optimizers take them
     "What an optimizer should train, split by weight decay as timm does; frozen parameters are left out."
-    if decay_all: return [dict(params=[p for p in model.parameters() if p.requires_grad], weight_decay=weight_decay)]
+    if decay_all:
+        return [
+            dict(
+                params=[p for p in model.parameters() if p.requires_grad], weight_decay=weight_decay
+            )
+        ]
     exempt = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ()
     return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
 
 # %% ../../nbs/models/02_models.ipynb #171868be
 def freeze(
-    model:nn.Module,      # changed in place
-    *patterns:str,        # of parameter names, e.g. `'patch_embed.*'`, `'blocks.[0-5].*'`
-) -> tuple:               # the names frozen
+    model: nn.Module,  # changed in place
+    *patterns: str,  # of parameter names, e.g. `'patch_embed.*'`, `'blocks.[0-5].*'`
+) -> tuple:  # the names frozen
     "Exclude parameters from training, and the statistics of batch norms that they belong to; `ValueError` if a pattern matches nothing."
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in names):
-            raise ValueError(f'freeze={pattern!r} matches no parameter of {type(model).__name__}' + did_you_mean(pattern, names))
+            raise ValueError(
+                f'freeze={pattern!r} matches no parameter of {type(model).__name__}'
+                + did_you_mean(pattern, names)
+            )
     frozen = tuple(name for name in names if any(fnmatch(name, p) for p in patterns))
-    for name in frozen: model.get_parameter(name).requires_grad_(False)
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
     for name, norm in list(model.named_modules()):
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in norm.parameters()):
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not any(
+            p.requires_grad for p in norm.parameters()
+        ):
             model.set_submodule(name, freeze_batch_norm_2d(norm))
     return frozen

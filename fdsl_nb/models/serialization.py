@@ -17,30 +17,49 @@ from ..core.folder import remove_drafts, whole_file
 from ..core.settings import did_you_mean
 
 # %% ../../nbs/models/00_serialization.ipynb #ef01fe40
-def _states(thing): return thing if thing is None or isinstance(thing, dict) else thing.state_dict()
+def _states(thing):
+    return thing if thing is None or isinstance(thing, dict) else thing.state_dict()
+
 
 def _plain(value):
     "A setting as text, number, list or dict: what a file can hold without naming a class."
-    if value is None or type(value) in (bool, int, float, str): return value
-    if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else str(value)
+
 
 def _content(model, arch, epoch, optimizer, metric, args, ema, extra):
     args = vars(args) if isinstance(args, argparse.Namespace) else args or {}
-    content = dict(epoch=int(epoch), arch=arch, state_dict=get_state_dict(model, unwrap_model), version=2,
-                   args=argparse.Namespace(**_plain({'model': arch} | args)), optimizer=_states(optimizer),
-                   metric=None if metric is None else float(metric), state_dict_ema=None if ema is None else clean_state_dict(_states(unwrap_model(ema))))
+    content = dict(
+        epoch=int(epoch),
+        arch=arch,
+        state_dict=get_state_dict(model, unwrap_model),
+        version=2,
+        args=argparse.Namespace(**_plain({'model': arch} | args)),
+        optimizer=_states(optimizer),
+        metric=None if metric is None else float(metric),
+        state_dict_ema=None if ema is None else clean_state_dict(_states(unwrap_model(ema))),
+    )
     clash = content.keys() & (extra or {}).keys()
-    if clash: raise ValueError(f'extra={sorted(clash)} are entries of the layout itself; choose other names')
+    if clash:
+        raise ValueError(
+            f'extra={sorted(clash)} are entries of the layout itself; choose other names'
+        )
     return {k: v for k, v in content.items() if v is not None} | (extra or {})
 
 # %% ../../nbs/models/00_serialization.ipynb #e98e3ff4
 def _write_safely(content, file):
     torch.save(content, file)
     file.seek(0)
-    with safe_globals([argparse.Namespace]): unsafe = get_unsafe_globals_in_checkpoint(file)
-    if unsafe: raise TypeError(f'the checkpoint would hold {", ".join(sorted(unsafe))}, which no safe reader opens; '
-                               'give tensors, numbers, text, lists and dicts')
+    with safe_globals([argparse.Namespace]):
+        unsafe = get_unsafe_globals_in_checkpoint(file)
+    if unsafe:
+        raise TypeError(
+            f'the checkpoint would hold {", ".join(sorted(unsafe))}, which no safe reader opens; '
+            'give tensors, numbers, text, lists and dicts'
+        )
 
 # %% ../../nbs/models/00_serialization.ipynb #834f1964
 def _make_room(path):
@@ -49,81 +68,107 @@ def _make_room(path):
 
 # %% ../../nbs/models/00_serialization.ipynb #08c9c9d1
 def save_checkpoint(
-    path:str|Path,        # e.g. `last.pth.tar`; its folder is made if need be
-    model:torch.nn.Module,# as it is or wrapped (DDP, torch.compile)
+    path: str | Path,  # e.g. `last.pth.tar`; its folder is made if need be
+    model: torch.nn.Module,  # as it is or wrapped (DDP, torch.compile)
     *,
-    arch:str,             # timm's name of the model
-    epoch:int,            # the epoch that was completed, from 0
-    optimizer=None,       # an optimizer, or its state
-    metric:float=None,    # what checkpoints are compared by
-    args=None,            # the run's settings: dict or `argparse.Namespace`
-    ema=None,             # averaged model, or its weights
-    extra:dict=None,      # more entries, e.g. generator states
+    arch: str,  # timm's name of the model
+    epoch: int,  # the epoch that was completed, from 0
+    optimizer=None,  # an optimizer, or its state
+    metric: float = None,  # what checkpoints are compared by
+    args=None,  # the run's settings: dict or `argparse.Namespace`
+    ema=None,  # averaged model, or its weights
+    extra: dict = None,  # more entries, e.g. generator states
 ) -> Path:
     "Write timm's layout, whole or not at all; `OSError` if it cannot be written, `TypeError` if it could not be read safely."
     path, content = Path(path), _content(model, arch, epoch, optimizer, metric, args, ema, extra)
     _make_room(path)
     try:
-        with whole_file(path, 'w+b') as file: _write_safely(content, file)
+        with whole_file(path, 'w+b') as file:
+            _write_safely(content, file)
     except (OSError, RuntimeError) as e:
-        raise OSError(f'{path.name} was not written ({e}), an earlier one is as it was; free some space or choose another folder') from e
+        raise OSError(
+            f'{path.name} was not written ({e}), an earlier one is as it was; free some space or choose another folder'
+        ) from e
     return path
 
 # %% ../../nbs/models/00_serialization.ipynb #ad5fdcb6
 class CheckpointError(ValueError):
     "A file that is no checkpoint, is damaged, would run code, or does not fit the model."
 
+
 SUFFIXES = ('.tar', '.pth', '.pt', '.torch', '.bin', '.safetensors', '.npz', '.index')
 
+
 def check_file(
-    path:Path,            # of a file that is to be read
+    path: Path,  # of a file that is to be read
 ):
     "`FileNotFoundError` or `CheckpointError` if nothing can be read there, with the nearest name that can."
     if path.is_dir():
-        raise CheckpointError(f'{str(path)!r} is a folder; name a file in it, '
-                              f'or load_weights(model, "local-dir:{path.name}") for an exported model')
+        raise CheckpointError(
+            f'{str(path)!r} is a folder; name a file in it, '
+            f'or load_weights(model, "local-dir:{path.name}") for an exported model'
+        )
     if not path.parent.is_dir():
-        raise FileNotFoundError(f'{str(path)!r} is not there: no folder {str(path.parent)!r}; '
-                                'correct the path')
-    beside = sorted(f.name for f in path.parent.iterdir()
-                    if f.suffix in SUFFIXES and f.name != path.name and not f.name.startswith('.'))
+        raise FileNotFoundError(
+            f'{str(path)!r} is not there: no folder {str(path.parent)!r}; correct the path'
+        )
+    beside = sorted(
+        f.name
+        for f in path.parent.iterdir()
+        if f.suffix in SUFFIXES and f.name != path.name and not f.name.startswith('.')
+    )
     if not path.is_file():
         near = did_you_mean(path.name, beside) if beside else ', nor any other checkpoint'
         raise FileNotFoundError(f'{path.name!r} is not in {str(path.parent)!r}' + near)
     if path.suffix.startswith('.data-'):
-        raise CheckpointError(f'{path.name!r} is the data of a TensorFlow checkpoint; '
-                              f'give {path.stem + ".index"!r}, which lies beside it')
+        raise CheckpointError(
+            f'{path.name!r} is the data of a TensorFlow checkpoint; '
+            f'give {path.stem + ".index"!r}, which lies beside it'
+        )
     if not path.stat().st_size:
         other = f', for example {beside[0]!r}' if beside else ''
-        raise CheckpointError(f'{path.name!r} is empty: its writing was cut short; use another{other}')
+        raise CheckpointError(
+            f'{path.name!r} is empty: its writing was cut short; use another{other}'
+        )
 
 # %% ../../nbs/models/00_serialization.ipynb #5c55779b
 def read_torch(
-    path:Path,            # .pth, .pth.tar, .torch, .bin, …
-):                        # as stored, tensors on the CPU
+    path: Path,  # .pth, .pth.tar, .torch, .bin, …
+):  # as stored, tensors on the CPU
     "The content of a file of torch, without running anything in it; `CheckpointError` if it is damaged or would run code."
-    with open(path, 'rb') as file: start = file.read(24)
+    with open(path, 'rb') as file:
+        start = file.read(24)
     if not start.startswith((b'PK\x03\x04', b'\x80')):
-        raise CheckpointError(f'{path.name!r} is no checkpoint: it begins with {start.decode("ascii", "replace")!r}. '
-                              'A web page or a Git LFS pointer under that name? Download it again')
+        raise CheckpointError(
+            f'{path.name!r} is no checkpoint: it begins with {start.decode("ascii", "replace")!r}. '
+            'A web page or a Git LFS pointer under that name? Download it again'
+        )
     try:
         with safe_globals([argparse.Namespace]):
             return torch.load(path, map_location='cpu', weights_only=True)
-    except MemoryError: raise
-    except Exception as e:        # torch has a different one for every way to be damaged
+    except MemoryError:
+        raise
+    except Exception as e:  # torch has a different one for every way to be damaged
         asked = re.search(r'GLOBAL ([\w.]+)', str(e))
         if asked:
-            raise CheckpointError(f'{path.name!r} asks to run or build {asked[1]}, and was not opened. '
-                                  'Get its weights as safetensors, or from somebody you trust '
-                                  'as a plain dict of tensors') from None
-        raise CheckpointError(f'{path.name!r} is damaged or no file of torch ({type(e).__name__}); '
-                              'copy or download it again') from None
+            raise CheckpointError(
+                f'{path.name!r} asks to run or build {asked[1]}, and was not opened. '
+                'Get its weights as safetensors, or from somebody you trust '
+                'as a plain dict of tensors'
+            ) from None
+        raise CheckpointError(
+            f'{path.name!r} is damaged or no file of torch ({type(e).__name__}); '
+            'copy or download it again'
+        ) from None
+
 
 def read_safetensors(
-    path:Path,            # .safetensors
-) -> dict:                # name → tensor on the CPU
+    path: Path,  # .safetensors
+) -> dict:  # name → tensor on the CPU
     "The tensors of a safetensors file; `CheckpointError` if it is damaged."
-    try: return safetensors.torch.load_file(path)
+    try:
+        return safetensors.torch.load_file(path)
     except SafetensorError as e:
-        raise CheckpointError(f'{path.name!r} is damaged or no safetensors file ({e}); '
-                              'copy or download it again') from None
+        raise CheckpointError(
+            f'{path.name!r} is damaged or no safetensors file ({e}); copy or download it again'
+        ) from None

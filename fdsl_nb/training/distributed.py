@@ -15,37 +15,60 @@ import torch
 import torch.distributed as dist
 
 # %% ../../nbs/training/02_distributed.ipynb #a87253a2
-LAUNCHERS = (('torchrun', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
+LAUNCHERS = (
+    ('torchrun', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
     ('OpenMPI', 'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
     ('MPICH', 'PMI_RANK', 'PMI_SIZE', 'MPI_LOCALRANKID'),
-    ('SLURM', 'SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'))
+    ('SLURM', 'SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+)
+
 
 def found_ranks(
-    environment=None,     # mapping of variables; `os.environ` if None
-) -> dict|None:           # launcher, rank, world, local; None when nobody launched us
+    environment=None,  # mapping of variables; `os.environ` if None
+) -> dict | None:  # launcher, rank, world, local; None when nobody launched us
     "Who launched this process as one of several, and as which; a launcher that started a single process does not count."
     env = os.environ if environment is None else environment
     for name, rank, world, local in LAUNCHERS:
         if rank in env and int(env.get(world, 1)) > 1:
-            return dict(launcher=name, rank=int(env[rank]), world=int(env[world]), local=int(env.get(local, env[rank])))
+            return dict(
+                launcher=name,
+                rank=int(env[rank]),
+                world=int(env[world]),
+                local=int(env.get(local, env[rank])),
+            )
 
 # %% ../../nbs/training/02_distributed.ipynb #5f4c15c7
 def meeting_place(
-    found:dict,           # of `found_ranks`
-    environment=None,     # mapping of variables; `os.environ` if None
-) -> dict:                # MASTER_ADDR and MASTER_PORT
+    found: dict,  # of `found_ranks`
+    environment=None,  # mapping of variables; `os.environ` if None
+) -> dict:  # MASTER_ADDR and MASTER_PORT
     "Where the ranks meet; `ValueError` if they are on several machines and nobody has said where."
     env = os.environ if environment is None else environment
-    here = next((int(env[k]) for k in ('OMPI_COMM_WORLD_LOCAL_SIZE', 'MPI_LOCALNRANKS', 'LOCAL_WORLD_SIZE') if k in env), found['world'])
-    several = here < found['world'] or found['launcher'] == 'SLURM' and int(env.get('SLURM_NNODES', 1)) > 1
+    here = next(
+        (
+            int(env[k])
+            for k in ('OMPI_COMM_WORLD_LOCAL_SIZE', 'MPI_LOCALNRANKS', 'LOCAL_WORLD_SIZE')
+            if k in env
+        ),
+        found['world'],
+    )
+    several = (
+        here < found['world']
+        or found['launcher'] == 'SLURM'
+        and int(env.get('SLURM_NNODES', 1)) > 1
+    )
     if several and 'MASTER_ADDR' not in env:
-        raise ValueError(f"MASTER_ADDR is not set, and {found['launcher']} started the processes on several machines; set it to the name or address of the first")
-    return dict(MASTER_ADDR=env.get('MASTER_ADDR', '127.0.0.1'), MASTER_PORT=env.get('MASTER_PORT', '29500'))
+        raise ValueError(
+            f"MASTER_ADDR is not set, and {found['launcher']} started the processes on several machines; set it to the name or address of the first"
+        )
+    return dict(
+        MASTER_ADDR=env.get('MASTER_ADDR', '127.0.0.1'), MASTER_PORT=env.get('MASTER_PORT', '29500')
+    )
 
 # %% ../../nbs/training/02_distributed.ipynb #ffc4ad10
 @contextmanager
 def join(
-    timeout:float=1800,   # seconds a rank waits for the others before it gives up
+    timeout: float = 1800,  # seconds a rank waits for the others before it gives up
 ):
     "Enters the process group for the block, if there is one to enter; yields this rank's `torch.device`."
     found = found_ranks()
@@ -53,17 +76,24 @@ def join(
     if found is None or dist.is_initialized():
         yield torch.device('cuda', torch.cuda.current_device()) if gpu else torch.device('cpu')
         return
-    if gpu: torch.cuda.set_device(found['local'] % torch.cuda.device_count())
+    if gpu:
+        torch.cuda.set_device(found['local'] % torch.cuda.device_count())
     os.environ.update(meeting_place(found))
-    dist.init_process_group('nccl' if gpu else 'gloo', rank=found['rank'], world_size=found['world'], timeout=timedelta(seconds=timeout))
+    dist.init_process_group(
+        'nccl' if gpu else 'gloo',
+        rank=found['rank'],
+        world_size=found['world'],
+        timeout=timedelta(seconds=timeout),
+    )
     yield torch.device('cuda', torch.cuda.current_device()) if gpu else torch.device('cpu')
     dist.barrier()
-    dist.destroy_process_group()    # not after an error: leaving the group first would make the others report a lost partner before we report the cause
+    dist.destroy_process_group()  # not after an error: leaving the group first would make the others report a lost partner before we report the cause
 
 # %% ../../nbs/training/02_distributed.ipynb #aeced189
 def rank() -> int:
     "This process's number in the group; 0 when alone."
     return dist.get_rank() if dist.is_initialized() else 0
+
 
 def world() -> int:
     "The number of processes in the group; 1 when alone."
@@ -71,106 +101,155 @@ def world() -> int:
 
 # %% ../../nbs/training/02_distributed.ipynb #02fcba67
 def total(
-    values:torch.Tensor,  # any shape
-) -> torch.Tensor:        # float64, same shape, on the CPU
+    values: torch.Tensor,  # any shape
+) -> torch.Tensor:  # float64, same shape, on the CPU
     "The sum of `values` over all processes."
     values = values.detach().to(torch.float64)
-    if world() > 1: dist.all_reduce(values)
+    if world() > 1:
+        dist.all_reduce(values)
     return values.cpu()
 
 # %% ../../nbs/training/02_distributed.ipynb #8718cc42
 def each(
-    values:list,          # of floats, equally many in every process
-) -> list:                # a list of values a process, the same everywhere
+    values: list,  # of floats, equally many in every process
+) -> list:  # a list of values a process, the same everywhere
     "Every process's values, in the order of ranks."
-    if world() == 1: return [values]
-    device = torch.device('cuda', torch.cuda.current_device()) if dist.get_backend() == 'nccl' else torch.device('cpu')
+    if world() == 1:
+        return [values]
+    device = (
+        torch.device('cuda', torch.cuda.current_device())
+        if dist.get_backend() == 'nccl'
+        else torch.device('cpu')
+    )
     table = torch.zeros(world(), len(values), dtype=torch.float64, device=device)
     table[rank()] = torch.tensor(values, dtype=torch.float64, device=device)
     return total(table).tolist()
 
 # %% ../../nbs/training/02_distributed.ipynb #03f00f04
 def resolve(
-    name:str,             # 'module:function'
+    name: str,  # 'module:function'
 ):
     "The function itself; `ValueError` if it is not importable by that name."
     module, _, attribute = name.partition(':')
-    try: return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as e:
-        raise ValueError(f'function={name!r} cannot be imported ({e}); export it to a module, functions of a notebook cannot be sent to processes') from None
+        raise ValueError(
+            f'function={name!r} cannot be imported ({e}); export it to a module, functions of a notebook cannot be sent to processes'
+        ) from None
+
 
 def run_as_rank(folder):
     "What each started process does: call the function of `call.json`, leave `result.json` or `error-RANK.json`."
     folder = Path(folder)
-    call = json.loads((folder/'call.json').read_text())
-    try: result = resolve(call['function'])(call['config'])
+    call = json.loads((folder / 'call.json').read_text())
+    try:
+        result = resolve(call['function'])(call['config'])
     except BaseException as e:
-        error = dict(type=type(e).__name__, message=str(e), traceback=traceback.format_exc(), time=time.time())
-        (folder/f"error-{os.environ['RANK']}.json").write_text(json.dumps(error))
+        error = dict(
+            type=type(e).__name__,
+            message=str(e),
+            traceback=traceback.format_exc(),
+            time=time.time(),
+        )
+        (folder / f"error-{os.environ['RANK']}.json").write_text(json.dumps(error))
         raise
-    if os.environ['RANK'] == '0': (folder/'result.json').write_text(json.dumps(result))
+    if os.environ['RANK'] == '0':
+        (folder / 'result.json').write_text(json.dumps(result))
 
 # %% ../../nbs/training/02_distributed.ipynb #a8ebaf82
 def leave_with_parent(
-    interval:float=0.5,   # seconds between looks
+    interval: float = 0.5,  # seconds between looks
 ):
     "From now on, end this process (SIGTERM, then SIGKILL) soon after its parent ends."
     parent = os.getppid()
+
     def watch():
-        while os.getppid() == parent: time.sleep(interval)
+        while os.getppid() == parent:
+            time.sleep(interval)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
         os.kill(os.getpid(), signal.SIGKILL)
+
     threading.Thread(target=watch, daemon=True).start()
 
 # %% ../../nbs/training/02_distributed.ipynb #52119368
 def _start_processes(function, config, processes):
-    with tempfile.TemporaryDirectory() as name, open(Path(name)/'stderr', 'w+') as stderr:
+    with tempfile.TemporaryDirectory() as name, open(Path(name) / 'stderr', 'w+') as stderr:
         folder = Path(name)
-        (folder/'call.json').write_text(json.dumps(dict(function=function, config=config)))
-        threads = os.environ.get('OMP_NUM_THREADS') or str(max(1, (os.cpu_count() or 1) // processes))
-        child = subprocess.Popen([sys.executable, '-m', 'fdsl_nb.training.worker', str(processes), name], stdout=subprocess.PIPE, stderr=stderr,
-            text=True, env={**os.environ, 'OMP_NUM_THREADS': threads})
+        (folder / 'call.json').write_text(json.dumps(dict(function=function, config=config)))
+        threads = os.environ.get('OMP_NUM_THREADS') or str(
+            max(1, (os.cpu_count() or 1) // processes)
+        )
+        child = subprocess.Popen(
+            [sys.executable, '-m', 'fdsl_nb.training.worker', str(processes), name],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env={**os.environ, 'OMP_NUM_THREADS': threads},
+        )
         try:
-            for line in child.stdout: print(line, end='', flush=True)
+            for line in child.stdout:
+                print(line, end='', flush=True)
             child.wait()
         finally:
-            if child.poll() is None: _stop(child)
-        if child.returncode: _raise_first_error(folder, processes)
-        return json.loads((folder/'result.json').read_text())
+            if child.poll() is None:
+                _stop(child)
+        if child.returncode:
+            _raise_first_error(folder, processes)
+        return json.loads((folder / 'result.json').read_text())
 
 # %% ../../nbs/training/02_distributed.ipynb #3c08c47c
 def _stop(child):
     child.terminate()
-    try: child.wait(10)
-    except subprocess.TimeoutExpired: child.kill()
+    try:
+        child.wait(10)
+    except subprocess.TimeoutExpired:
+        child.kill()
+
 
 def _raise_first_error(folder, processes):
-    errors = sorted((json.loads(p.read_text()) | {'rank': p.stem.split('-')[1]} for p in folder.glob('error-*.json')), key=lambda e: e['time'])
+    errors = sorted(
+        (
+            json.loads(p.read_text()) | {'rank': p.stem.split('-')[1]}
+            for p in folder.glob('error-*.json')
+        ),
+        key=lambda e: e['time'],
+    )
     if not errors:
-        words = (folder/'stderr').read_text()[-2000:]
-        raise RuntimeError(f'a process died without saying why (killed, or out of memory?); the end of what was printed:\n{words}')
+        words = (folder / 'stderr').read_text()[-2000:]
+        raise RuntimeError(
+            f'a process died without saying why (killed, or out of memory?); the end of what was printed:\n{words}'
+        )
     first = errors[0]
-    raise RuntimeError(f"process {first['rank']} of {processes}: {first['type']}: {first['message']}")
+    raise RuntimeError(
+        f"process {first['rank']} of {processes}: {first['type']}: {first['message']}"
+    )
 
 # %% ../../nbs/training/02_distributed.ipynb #27db778f
 def launch(
-    function,             # importable function of one dict, or its name 'module:function'
-    config:dict,          # plain data: what JSON can hold
-    processes:int=1,      # processes wanted on this machine
-):                        # what the function returned (process 0's, as JSON)
+    function,  # importable function of one dict, or its name 'module:function'
+    config: dict,  # plain data: what JSON can hold
+    processes: int = 1,  # processes wanted on this machine
+):  # what the function returned (process 0's, as JSON)
     "Calls `function(config)` here, in `processes` new processes, or as the rank this process already is; raises what it raised."
-    name = function if isinstance(function, str) else f'{function.__module__}:{function.__qualname__}'
-    if processes < 1: raise ValueError(f'processes={processes}: at least one process is needed; write 1')
+    name = (
+        function if isinstance(function, str) else f'{function.__module__}:{function.__qualname__}'
+    )
+    if processes < 1:
+        raise ValueError(f'processes={processes}: at least one process is needed; write 1')
     if found_ranks() is None and processes > 1:
         if torch.cuda.is_available() and processes > torch.cuda.device_count():
-            raise ValueError(f'processes={processes}, but this machine has {torch.cuda.device_count()} GPUs; ask for that many at most')
+            raise ValueError(
+                f'processes={processes}, but this machine has {torch.cuda.device_count()} GPUs; ask for that many at most'
+            )
         return _start_processes(name, config, processes)
     return resolve(name)(config) if isinstance(function, str) else function(config)
 
 # %% ../../nbs/training/02_distributed.ipynb #9d97e6d4
-def say_hello(config:dict) -> dict:
+def say_hello(config: dict) -> dict:
     "Joins the others and returns the number of processes and the sum of their ranks; fails in rank `fail`, if given."
     with join():
-        if config.get('fail') == rank(): raise ValueError(f'asked to fail in process {rank()}')
+        if config.get('fail') == rank():
+            raise ValueError(f'asked to fail in process {rank()}')
         return dict(processes=world(), ranks=int(total(torch.tensor(rank()))))

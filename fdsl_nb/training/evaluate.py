@@ -19,79 +19,124 @@ from .distributed import rank, total, world
 @dataclass(frozen=True)
 class Evaluation:
     "Counts over a whole split: confusion int64 [classes, classes] (true, answered), images right within five guesses, summed loss."
+
     confusion: np.ndarray
     within_five: int
     loss_sum: float
+
     @property
-    def images(self) -> int: return int(self.confusion.sum())
+    def images(self) -> int:
+        return int(self.confusion.sum())
+
     @property
-    def correct(self) -> int: return int(self.confusion.trace())
+    def correct(self) -> int:
+        return int(self.confusion.trace())
+
     @property
-    def top1(self) -> float: return 100 * self.correct / self.images
+    def top1(self) -> float:
+        return 100 * self.correct / self.images
+
     @property
-    def top5(self) -> float: return 100 * self.within_five / self.images
+    def top5(self) -> float:
+        return 100 * self.within_five / self.images
+
     @property
-    def loss(self) -> float: return self.loss_sum / self.images
-    def figures(self) -> dict: return dict(images=self.images, loss=self.loss, top1=self.top1, top5=self.top5)
-    def __repr__(self): return f'{self.correct} of {self.images} right: top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} %, loss {self.loss:.4f}'
+    def loss(self) -> float:
+        return self.loss_sum / self.images
+
+    def figures(self) -> dict:
+        return dict(images=self.images, loss=self.loss, top1=self.top1, top5=self.top5)
+
+    def __repr__(self):
+        return f'{self.correct} of {self.images} right: top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} %, loss {self.loss:.4f}'
 
 # %% ../../nbs/training/03_evaluate.ipynb #9dc5d3f4
 def best_classes(
-    logits:torch.Tensor,  # float [b, classes]
-    most:int=5,
-) -> torch.Tensor:        # int64 [b, min(most, classes)], best first
+    logits: torch.Tensor,  # float [b, classes]
+    most: int = 5,
+) -> torch.Tensor:  # int64 [b, min(most, classes)], best first
     "The likeliest classes; of equal ones the lowest number first."
     return logits.argsort(dim=1, descending=True, stable=True)[:, :most]
 
 # %% ../../nbs/training/03_evaluate.ipynb #231a5ebd
 class Counter:
     "Adds up predictions batch by batch; `result()` sums over processes."
-    def __init__(self, classes:int, device='cpu'):
+
+    def __init__(self, classes: int, device='cpu'):
         self.classes = classes
         self.confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
-    def add(self,
-        logits:torch.Tensor,  # float [b, classes]
-        labels:torch.Tensor,  # int64 [b]
+
+    def add(
+        self,
+        logits: torch.Tensor,  # float [b, classes]
+        labels: torch.Tensor,  # int64 [b]
     ):
         best = best_classes(logits)
-        self.confusion += torch.bincount(labels * self.classes + best[:, 0], minlength=self.classes**2)
-        self.sums += torch.stack([(best == labels[:, None]).sum(), F.cross_entropy(logits.float(), labels, reduction='sum')]).double()
+        self.confusion += torch.bincount(
+            labels * self.classes + best[:, 0], minlength=self.classes**2
+        )
+        self.sums += torch.stack(
+            [
+                (best == labels[:, None]).sum(),
+                F.cross_entropy(logits.float(), labels, reduction='sum'),
+            ]
+        ).double()
+
     def result(self) -> Evaluation:
         confusion, (five, loss) = total(self.confusion), total(self.sums)
-        return Evaluation(confusion.reshape(self.classes, self.classes).to(torch.int64).numpy(), int(five), float(loss))
+        return Evaluation(
+            confusion.reshape(self.classes, self.classes).to(torch.int64).numpy(),
+            int(five),
+            float(loss),
+        )
 
 # %% ../../nbs/training/03_evaluate.ipynb #d5f06a22
 @torch.no_grad()
 def evaluate(
-    model:torch.nn.Module,
-    loader,               # batches (float32 [b, 3, h, w], int64 [b]); this process's share of the split
-    classes:int,
+    model: torch.nn.Module,
+    loader,  # batches (float32 [b, 3, h, w], int64 [b]); this process's share of the split
+    classes: int,
     device='cpu',
 ) -> Evaluation:
     "Exact counts over all processes; the model is left in the mode it was in."
     counter, training = Counter(classes, device), model.training
     model.eval()
-    for images, labels in loader: counter.add(model(images.to(device)), labels.to(device))
+    for images, labels in loader:
+        counter.add(model(images.to(device)), labels.to(device))
     model.train(training)
     return counter.result()
 
 # %% ../../nbs/training/03_evaluate.ipynb #707335e0
 def show_confusion(
-    e:Evaluation,
-    classes:list=None,    # class names
-    ax=None,              # matplotlib axes; new ones if None
+    e: Evaluation,
+    classes: list = None,  # class names
+    ax=None,  # matplotlib axes; new ones if None
 ):
     "The confusion matrix, each row as shares of its class; counts are written in where there are few classes. Returns the figure."
     import matplotlib.pyplot as plt
+
     figure, ax = (ax.figure, ax) if ax else plt.subplots(figsize=(3.6, 3.6), layout='constrained')
     n = len(e.confusion)
     shares = e.confusion / np.maximum(e.confusion.sum(1, keepdims=True), 1)
     ax.imshow(shares, cmap='Blues', vmin=0, vmax=1)
     if n <= 20:
         for i, j in zip(*np.nonzero(e.confusion)):
-            ax.text(j, i, e.confusion[i, j], ha='center', va='center', fontsize=7, color='white' if shares[i, j] > .5 else 'black')
-        ax.set_xticks(range(n), classes or range(n), rotation=90 if classes and max(map(len, classes)) > 2 else 0, fontsize=7)
+            ax.text(
+                j,
+                i,
+                e.confusion[i, j],
+                ha='center',
+                va='center',
+                fontsize=7,
+                color='white' if shares[i, j] > 0.5 else 'black',
+            )
+        ax.set_xticks(
+            range(n),
+            classes or range(n),
+            rotation=90 if classes and max(map(len, classes)) > 2 else 0,
+            fontsize=7,
+        )
         ax.set_yticks(range(n), classes or range(n), fontsize=7)
     ax.set(xlabel='answered', ylabel='true', title=f'{e.correct} of {e.images} right')
     return figure
@@ -100,38 +145,51 @@ def show_confusion(
 @dataclass(frozen=True)
 class Answers:
     "What a model answered to each image of a split, in the split's order."
-    best: np.ndarray      # int64 [images, ≤ 5], the likeliest classes, best first
-    labels: np.ndarray    # int64 [images]
-    losses: np.ndarray    # float64 [images], cross entropy
+
+    best: np.ndarray  # int64 [images, ≤ 5], the likeliest classes, best first
+    labels: np.ndarray  # int64 [images]
+    losses: np.ndarray  # float64 [images], cross entropy
+
     @property
-    def right(self) -> np.ndarray: return self.best[:, 0] == self.labels
+    def right(self) -> np.ndarray:
+        return self.best[:, 0] == self.labels
+
     @property
-    def correct(self) -> int: return int(self.right.sum())
+    def correct(self) -> int:
+        return int(self.right.sum())
+
     @property
-    def within_five(self) -> int: return int((self.best == self.labels[:, None]).sum())
-    def counts(self, classes:int) -> Evaluation:
+    def within_five(self) -> int:
+        return int((self.best == self.labels[:, None]).sum())
+
+    def counts(self, classes: int) -> Evaluation:
         "The same as a table of counts."
         cells = np.bincount(self.labels * classes + self.best[:, 0], minlength=classes**2)
-        return Evaluation(cells.reshape(classes, classes), self.within_five, float(self.losses.sum()))
+        return Evaluation(
+            cells.reshape(classes, classes), self.within_five, float(self.losses.sum())
+        )
 
 # %% ../../nbs/training/03_evaluate.ipynb #21bcbdbc
 @torch.no_grad()
 def ask(
-    model:torch.nn.Module,
-    loader,               # `eval_loader` of this process
-    images:int,           # of the whole split
-    classes:int,
+    model: torch.nn.Module,
+    loader,  # `eval_loader` of this process
+    images: int,  # of the whole split
+    classes: int,
     device='cpu',
-    precision:Callable=nullcontext, # context for the forward pass
+    precision: Callable = nullcontext,  # context for the forward pass
 ) -> Answers:
     "The answers to every image, the same in all processes; `FloatingPointError` where an output is not a number."
     table = torch.zeros(images, min(5, classes) + 2, dtype=torch.float64, device=device)
-    own, training, done = table[rank()::world()], model.training, 0
+    own, training, done = table[rank() :: world()], model.training, 0
     model.eval()
     for pictures, labels in ((x.to(device), y.to(device)) for x, y in loader):
-        with precision(): logits = model(pictures).float()
+        with precision():
+            logits = model(pictures).float()
         losses = F.cross_entropy(logits, labels, reduction='none')
-        own[done:done + len(labels)] = torch.cat([best_classes(logits), labels[:, None], losses[:, None]], 1)
+        own[done : done + len(labels)] = torch.cat(
+            [best_classes(logits), labels[:, None], losses[:, None]], 1
+        )
         done += len(labels)
     model.train(training)
     return _read_table(total(table).numpy())
@@ -139,49 +197,71 @@ def ask(
 # %% ../../nbs/training/03_evaluate.ipynb #5d416c55
 def _read_table(table):
     bad = np.flatnonzero(np.isnan(table[:, -1]))
-    if len(bad): raise FloatingPointError(f'the model answers image {bad[0]} with what is no number ({len(bad)} of {len(table)} images); '
-        'take a checkpoint from before it diverged, or precision=float32')
+    if len(bad):
+        raise FloatingPointError(
+            f'the model answers image {bad[0]} with what is no number ({len(bad)} of {len(table)} images); '
+            'take a checkpoint from before it diverged, or precision=float32'
+        )
     return Answers(table[:, :-2].astype(np.int64), table[:, -2].astype(np.int64), table[:, -1])
 
 # %% ../../nbs/training/03_evaluate.ipynb #edb74d40
 def per_class(
-    a:Answers,
-    names:list,           # of the classes
-) -> pd.DataFrame:        # index class; correct, images, accuracy (percent), most often taken for
+    a: Answers,
+    names: list,  # of the classes
+) -> pd.DataFrame:  # index class; correct, images, accuracy (percent), most often taken for
     "How each class fared, worst first."
     images = np.bincount(a.labels, minlength=len(names))
     correct = np.bincount(a.labels[a.right], minlength=len(names))
-    taken = [np.bincount(a.best[~a.right & (a.labels == c), 0], minlength=1) for c in range(len(names))]
-    table = pd.DataFrame({'class': names, 'correct': correct, 'images': images, 'accuracy': 100 * correct / np.where(images, images, np.nan),
-        'most often taken for': [names[t.argmax()] if t.sum() else '' for t in taken]})
+    taken = [
+        np.bincount(a.best[~a.right & (a.labels == c), 0], minlength=1) for c in range(len(names))
+    ]
+    table = pd.DataFrame(
+        {
+            'class': names,
+            'correct': correct,
+            'images': images,
+            'accuracy': 100 * correct / np.where(images, images, np.nan),
+            'most often taken for': [names[t.argmax()] if t.sum() else '' for t in taken],
+        }
+    )
     return table.sort_values('accuracy', kind='stable', na_position='last').set_index('class')
 
 # %% ../../nbs/training/03_evaluate.ipynb #194a1e89
 def show_mistakes(
-    a:Answers,
-    images,               # the data set that was asked about
-    names:list,           # of the classes
-    columns:int=8, rows:int=2,
+    a: Answers,
+    images,  # the data set that was asked about
+    names: list,  # of the classes
+    columns: int = 8,
+    rows: int = 2,
 ):
     "A sample of mistakes, from the surest to the nearest miss. Returns the figure."
     import matplotlib.pyplot as plt
+
     wrong = np.flatnonzero(~a.right)
     wrong = wrong[np.argsort(-a.losses[wrong], kind='stable')]
-    chosen = wrong[np.unique(np.linspace(0, len(wrong) - 1, rows * columns).astype(int))] if len(wrong) else []
-    figure, axes = plt.subplots(rows, columns, figsize=(1.1 * columns, 1.3 * rows), layout='constrained', squeeze=False)
-    for ax in axes.flat: ax.set_axis_off()
+    chosen = (
+        wrong[np.unique(np.linspace(0, len(wrong) - 1, rows * columns).astype(int))]
+        if len(wrong)
+        else []
+    )
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.1 * columns, 1.3 * rows), layout='constrained', squeeze=False
+    )
+    for ax in axes.flat:
+        ax.set_axis_off()
     for i, ax in zip(chosen, axes.flat):
         ax.imshow(images[int(i)][0], cmap='gray', vmin=0, vmax=255)
         ax.set_title(f'{names[a.labels[i]][:10]} → {names[a.best[i, 0]][:10]}', fontsize=8)
-    if not len(wrong): figure.suptitle('no mistakes')
+    if not len(wrong):
+        figure.suptitle('no mistakes')
     return figure
 
 # %% ../../nbs/training/03_evaluate.ipynb #43816363
 def published_top1(
-    a:Answers,
-    batch:int=64,         # images a batch of one process
-    processes:int=1,
-) -> float:               # percent
+    a: Answers,
+    batch: int = 64,  # images a batch of one process
+    processes: int = 1,
+) -> float:  # percent
     "Mean over batches of the batches' top-1, repeated images counted: what published programs report."
     padded = np.resize(a.right, -(-len(a.labels) // processes) * processes)
     shares = padded.reshape(-1, processes).T
@@ -189,24 +269,33 @@ def published_top1(
     return 100 * float(np.mean([part.mean() for part in parts]))
 
 # %% ../../nbs/training/03_evaluate.ipynb #03b0bf9b
-def real_labels() -> list: # for each of the 50,000 images, in the order of their numbers, a list of class numbers
+def real_labels() -> (
+    list
+):  # for each of the 50,000 images, in the order of their numbers, a list of class numbers
     "The ReaL label sets of ImageNet's validation images (Beyer et al. 2020), as bundled with timm."
     return json.loads(pkgutil.get_data('timm.data', '_info/imagenet_real_labels.json'))
 
-def real_image(name:str) -> int:
+
+def real_image(name: str) -> int:
     "The number, from 0, of an ImageNet validation image by its file's name; `ValueError` for any other file."
     found = re.search(r'ILSVRC2012_val_0*(\d{1,5})\.\w+$', name, re.IGNORECASE)
     if not found or not 1 <= int(found[1]) <= 50_000:
-        raise ValueError(f'{name!r} is no validation image of ImageNet; labels=real needs files named ILSVRC2012_val_00000001.JPEG to …50000')
+        raise ValueError(
+            f'{name!r} is no validation image of ImageNet; labels=real needs files named ILSVRC2012_val_00000001.JPEG to …50000'
+        )
     return int(found[1]) - 1
 
 # %% ../../nbs/training/03_evaluate.ipynb #8eed709b
 def real_top1(
-    a:Answers,            # of a model with ImageNet's 1,000 classes in their usual order
-    names:list,           # file name of each image
-    sets:list=None,       # `real_labels()` if None
-) -> tuple:               # (right, scored)
+    a: Answers,  # of a model with ImageNet's 1,000 classes in their usual order
+    names: list,  # file name of each image
+    sets: list = None,  # `real_labels()` if None
+) -> tuple:  # (right, scored)
     "How many answers are in their image's ReaL set, of the images whose set is not empty."
     sets = real_labels() if sets is None else sets
-    scored = [(best in sets[real_image(name)]) for name, best in zip(names, a.best[:, 0].tolist(), strict=True) if sets[real_image(name)]]
+    scored = [
+        (best in sets[real_image(name)])
+        for name, best in zip(names, a.best[:, 0].tolist(), strict=True)
+        if sets[real_image(name)]
+    ]
     return sum(scored), len(scored)

@@ -11,7 +11,13 @@ import time, torch
 from contextlib import nullcontext
 from functools import partial
 import torch.nn.functional as F
-from fastai.callback.core import Callback, CancelBackwardException, CancelEpochException, CancelStepException, TrainEvalCallback
+from fastai.callback.core import (
+    Callback,
+    CancelBackwardException,
+    CancelEpochException,
+    CancelStepException,
+    TrainEvalCallback,
+)
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
@@ -30,14 +36,35 @@ from .plan import Recipe
 # %% ../../nbs/training/06_learner.ipynb #1cf29a04
 class ResumableLearner(Learner):
     "fastai's `Learner`; `fit` starts at `first_epoch`, `first_batch`, with `steps_done` optimizer steps behind it."
-    first_epoch, first_batch, steps_done, best, metric, row, average, evaluation, paused = 0, 0, 0, None, None, {}, None, None, False
-    recipe, scaler, autocast, share, sums_so_far = Recipe(), torch.amp.GradScaler('cpu', enabled=False), nullcontext, 1., None
+
+    first_epoch, first_batch, steps_done, best, metric, row, average, evaluation, paused = (
+        0,
+        0,
+        0,
+        None,
+        None,
+        {},
+        None,
+        None,
+        False,
+    )
+    recipe, scaler, autocast, share, sums_so_far = (
+        Recipe(),
+        torch.amp.GradScaler('cpu', enabled=False),
+        nullcontext,
+        1.0,
+        None,
+    )
     listeners = {}
+
     def __call__(self, event):
         if event not in self.listeners:
             everyone = event == 'after_fit'
-            self.listeners[event] = self.cbs.sorted('order') if everyone else self.ordered_cbs(event)
-        for callback in self.listeners[event]: callback(event)
+            self.listeners[event] = (
+                self.cbs.sorted('order') if everyone else self.ordered_cbs(event)
+            )
+        for callback in self.listeners[event]:
+            callback(event)
 
     def add_cb(self, cb):
         self.listeners = {}
@@ -52,7 +79,8 @@ class ResumableLearner(Learner):
             self.epoch = epoch
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
-    def _backward(self): self.scaler.scale(self.loss_grad * self.share).backward()
+    def _backward(self):
+        self.scaler.scale(self.loss_grad * self.share).backward()
 
     def _step(self):
         self.scaler.unscale_(self.opt.opt)
@@ -63,22 +91,31 @@ class ResumableLearner(Learner):
 # %% ../../nbs/training/06_learner.ipynb #47824249
 class FDSLLearner(ResumableLearner):
     "The same, computing a training batch in `recipe.accumulate` parts; views of an image, [b, views, 3, h, w], go through one after the other."
+
     def _forward(self):
         images = self.xb[0]
-        if images.ndim == 5: images = images.transpose(0, 1).flatten(0, 1)
-        if self.recipe.channels_last: images = images.contiguous(memory_format=torch.channels_last)
-        with self.autocast(): self.pred = self.model(images)
+        if images.ndim == 5:
+            images = images.transpose(0, 1).flatten(0, 1)
+        if self.recipe.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with self.autocast():
+            self.pred = self.model(images)
         self('after_pred')
         self.loss_grad = self.loss_func(self.pred, *self.yb)
         self.loss = self.loss_grad.clone()
         self('after_loss')
 
     def _do_one_batch(self):
-        if not self.training: return self._forward()
-        (x,), (y,), loss = self.xb, self.yb, 0.
+        if not self.training:
+            return self._forward()
+        (x,), (y,), loss = self.xb, self.yb, 0.0
         parts = list(zip(x.chunk(self.recipe.accumulate), y.chunk(self.recipe.accumulate)))
         for n, (xb, yb) in enumerate(parts):
-            self.xb, self.yb, self.share = (xb,), (yb,), len(xb) / len(x)   # the last part may be smaller
+            self.xb, self.yb, self.share = (
+                (xb,),
+                (yb,),
+                len(xb) / len(x),
+            )  # the last part may be smaller
             alone = n < len(parts) - 1 and world() > 1
             with self.model.no_sync() if alone else nullcontext():
                 self._forward()
@@ -91,141 +128,261 @@ class FDSLLearner(ResumableLearner):
 # %% ../../nbs/training/06_learner.ipynb #62a6a1ae
 class EveryStep(Callback):
     "Before each step: the learning rate, and torch's generators from (seed, step, process). Before each epoch: its order of images."
+
     order = -50
-    def __init__(self, r:Recipe, seed:int): self.r, self.seed, self.state = r, seed, None
+
+    def __init__(self, r: Recipe, seed: int):
+        self.r, self.seed, self.state = r, seed, None
+
     def before_fit(self):
-        self.schedule = make_schedule(self.learn.opt.opt, self.r, self.learn.dls.train.batch_sampler.steps, self.seed)
-        if self.state: self.schedule.load_state_dict(self.state)
+        self.schedule = make_schedule(
+            self.learn.opt.opt, self.r, self.learn.dls.train.batch_sampler.steps, self.seed
+        )
+        if self.state:
+            self.schedule.load_state_dict(self.state)
+
     def before_epoch(self):
         learn, batches = self.learn, self.learn.dls.train.batch_sampler
-        batches.epoch, batches.first = learn.epoch, learn.first_batch if learn.epoch == learn.first_epoch else 0
-        if self.r.schedule != 'plateau' or not batches.first: self.schedule.step(learn.epoch, learn.metric)
+        batches.epoch, batches.first = (
+            learn.epoch,
+            learn.first_batch if learn.epoch == learn.first_epoch else 0,
+        )
+        if self.r.schedule != 'plateau' or not batches.first:
+            self.schedule.step(learn.epoch, learn.metric)
+
     def before_batch(self):
-        if not self.learn.training: return
+        if not self.learn.training:
+            return
         self.schedule.step_update(self.learn.steps_done)
-        seed, device = seed_for(self.seed, STEP, self.learn.steps_done, rank()), self.learn.xb[0].device
-        torch.random.default_generator.manual_seed(seed)    # torch.manual_seed without its search for devices, which takes milliseconds
-        if device.type != 'cpu': torch.get_device_module(device).manual_seed(seed)
+        seed, device = (
+            seed_for(self.seed, STEP, self.learn.steps_done, rank()),
+            self.learn.xb[0].device,
+        )
+        torch.random.default_generator.manual_seed(
+            seed
+        )  # torch.manual_seed without its search for devices, which takes milliseconds
+        if device.type != 'cpu':
+            torch.get_device_module(device).manual_seed(seed)
+
     def after_batch(self):
-        if self.learn.training: self.learn.steps_done += 1
+        if self.learn.training:
+            self.learn.steps_done += 1
 
 # %% ../../nbs/training/06_learner.ipynb #59c88326
 class MixBatch(Callback):
     "Mixup and cutmix on training batches, by timm."
+
     order, run_valid = -40, False
-    def __init__(self, r:Recipe, classes:int, seed:int): self.r, self.mix = r, mixer(r, classes, seed)
+
+    def __init__(self, r: Recipe, classes: int, seed: int):
+        self.r, self.mix = r, mixer(r, classes, seed)
+
     def before_batch(self):
-        if self.mix is None: return
+        if self.mix is None:
+            return
         off = self.r.mix_off_epoch and self.learn.epoch >= self.r.mix_off_epoch
-        images, labels = self.mix(self.learn.xb[0], self.learn.yb[0], self.learn.steps_done, rank(), not off)
+        images, labels = self.mix(
+            self.learn.xb[0], self.learn.yb[0], self.learn.steps_done, rank(), not off
+        )
         self.learn.xb, self.learn.yb = (images,), (labels,)
 
 # %% ../../nbs/training/06_learner.ipynb #116401ed
 class Precision(Callback):
     "Forward pass under autocast; float16 with a gradient scaler; `ValueError` where a device cannot."
+
     order = -30
-    def __init__(self, dtype:str, device:torch.device):
-        if dtype == 'float16' and device.type == 'cpu': raise ValueError("precision='float16' does not train on a CPU; choose bfloat16 or float32")
-        if dtype == 'bfloat16' and device.type == 'cuda' and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise ValueError(f"precision='bfloat16' is not in {torch.cuda.get_device_name()}; choose float16 or float32")
-        self.context = partial(torch.autocast, device.type, getattr(torch, dtype), enabled=dtype != 'float32')
+
+    def __init__(self, dtype: str, device: torch.device):
+        if dtype == 'float16' and device.type == 'cpu':
+            raise ValueError(
+                "precision='float16' does not train on a CPU; choose bfloat16 or float32"
+            )
+        if (
+            dtype == 'bfloat16'
+            and device.type == 'cuda'
+            and not torch.cuda.is_bf16_supported(including_emulation=False)
+        ):
+            raise ValueError(
+                f"precision='bfloat16' is not in {torch.cuda.get_device_name()}; choose float16 or float32"
+            )
+        self.context = partial(
+            torch.autocast, device.type, getattr(torch, dtype), enabled=dtype != 'float32'
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
-    def before_fit(self): self.learn.scaler, self.learn.autocast = self.scaler, self.context
+
+    def before_fit(self):
+        self.learn.scaler, self.learn.autocast = self.scaler, self.context
 
 # %% ../../nbs/training/06_learner.ipynb #e15dc702
 class StopOnNonFinite(Callback):
     "`FloatingPointError` when the training loss is not finite."
+
     order, run_valid, look_every = 10, False, 50
+
     def after_batch(self):
-        if self.learn.iter % self.look_every == 0: self.look()
-    def after_train(self): self.look()
+        if self.learn.iter % self.look_every == 0:
+            self.look()
+
+    def after_train(self):
+        self.look()
+
     def look(self):
         if not torch.isfinite(self.learn.loss):
-            raise FloatingPointError(f'loss={self.learn.loss.item()} at epoch {self.learn.epoch}, step {self.learn.steps_done}; '
-                'lower lr, clip the gradient or use precision=float32')
+            raise FloatingPointError(
+                f'loss={self.learn.loss.item()} at epoch {self.learn.epoch}, step {self.learn.steps_done}; '
+                'lower lr, clip the gradient or use precision=float32'
+            )
 
 # %% ../../nbs/training/06_learner.ipynb #6dbb86c4
 class Loss:
     "The recipe's loss of logits [b, classes] with labels int64 [b] or shares [b, classes]; plain cross entropy where nothing is trained."
-    def __init__(self, r:Recipe):
+
+    def __init__(self, r: Recipe):
         self.smoothing, self.kind = r.smoothing, r.loss
-        if r.loss == 'bce': self.other = BinaryCrossEntropy(smoothing=r.smoothing)
-        if r.loss == 'jsd': self.other = JsdCrossEntropy(num_splits=r.aug_splits, smoothing=r.smoothing)
+        if r.loss == 'bce':
+            self.other = BinaryCrossEntropy(smoothing=r.smoothing)
+        if r.loss == 'jsd':
+            self.other = JsdCrossEntropy(num_splits=r.aug_splits, smoothing=r.smoothing)
+
     def __call__(self, logits, labels):
         logits, train = logits.float(), torch.is_grad_enabled()
-        if train and self.kind != 'softmax': return self.other(logits, labels)
-        return F.cross_entropy(logits, labels, label_smoothing=0. if labels.is_floating_point() or not train else self.smoothing)
+        if train and self.kind != 'softmax':
+            return self.other(logits, labels)
+        return F.cross_entropy(
+            logits,
+            labels,
+            label_smoothing=0.0 if labels.is_floating_point() or not train else self.smoothing,
+        )
 
 # %% ../../nbs/training/06_learner.ipynb #ff53c1c5
 class Averaging(Callback):
     "Moves the average after each step, and puts it in the model's place while measuring."
+
     order = -20
+
     def after_batch(self):
-        if self.training and self.learn.average: self.learn.average.update(unwrap_model(self.learn.model), self.learn.steps_done)
-    def after_train(self): self.agree()
+        if self.training and self.learn.average:
+            self.learn.average.update(unwrap_model(self.learn.model), self.learn.steps_done)
+
+    def after_train(self):
+        self.agree()
+
     def agree(self):
-        if world() == 1: return
+        if world() == 1:
+            return
         for model in (self.learn.model, self.learn.average):
-            if model: distribute_bn(unwrap_model(model), world(), reduce=True)
+            if model:
+                distribute_bn(unwrap_model(model), world(), reduce=True)
+
     def before_validate(self):
-        if self.learn.average: self.trained, self.learn.model = self.learn.model, self.learn.average.module
+        if self.learn.average:
+            self.trained, self.learn.model = self.learn.model, self.learn.average.module
+
     def after_validate(self):
-        if self.learn.average: self.learn.model = self.trained
+        if self.learn.average:
+            self.learn.model = self.trained
 
 # %% ../../nbs/training/06_learner.ipynb #97d5ea55
 class Sums(Callback):
     "Exact sums of an epoch: training loss and images; validation counts. Leaves `learn.train_loss`, `learn.evaluation`."
+
     order = 20
-    def __init__(self, counter): self.counter_of = counter
+
+    def __init__(self, counter):
+        self.counter_of = counter
+
     def before_train(self):
         device = next(self.learn.model.parameters()).device
-        kept, self.learn.sums_so_far = self.learn.sums_so_far or [0., 0.], None
-        self.so_far, self.before, self.started = torch.tensor(kept, dtype=torch.float64, device=device), kept[1], time.time()
-    def before_validate(self): self.counter = self.counter_of(device=next(self.learn.model.parameters()).device)
+        kept, self.learn.sums_so_far = self.learn.sums_so_far or [0.0, 0.0], None
+        self.so_far, self.before, self.started = (
+            torch.tensor(kept, dtype=torch.float64, device=device),
+            kept[1],
+            time.time(),
+        )
+
+    def before_validate(self):
+        self.counter = self.counter_of(device=next(self.learn.model.parameters()).device)
+
     def after_batch(self):
         n = len(self.learn.xb[0])
-        if self.training: self.so_far += torch.stack([self.learn.loss.detach().double() * n, torch.full_like(self.so_far[0], n)])
-        else: self.counter.add(self.learn.pred, self.learn.yb[0])
+        if self.training:
+            self.so_far += torch.stack(
+                [self.learn.loss.detach().double() * n, torch.full_like(self.so_far[0], n)]
+            )
+        else:
+            self.counter.add(self.learn.pred, self.learn.yb[0])
+
     def after_train(self):
         loss, images = total(self.so_far).tolist()
-        self.learn.train_loss, self.learn.images_per_second = loss / images, (images - self.before * world()) / (time.time() - self.started)
+        self.learn.train_loss, self.learn.images_per_second = (
+            loss / images,
+            (images - self.before * world()) / (time.time() - self.started),
+        )
+
     def after_validate(self):
         result = self.counter.result()
         self.learn.evaluation = result if result.images else None
 
 # %% ../../nbs/training/06_learner.ipynb #96449ebc
 def wrapped(
-    model:torch.nn.Module,# on its device
-    r:Recipe,
-    device:torch.device,
+    model: torch.nn.Module,  # on its device
+    r: Recipe,
+    device: torch.device,
 ) -> torch.nn.Module:
     "The model as it will be trained: memory order, batch norm over processes, DDP, `torch.compile`."
-    if r.channels_last: model = model.to(memory_format=torch.channels_last)
+    if r.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     if r.sync_bn and world() > 1:
-        if device.type == 'cpu': raise ValueError('sync_bn=True: torch has no batch norm over processes on CPUs; set sync_bn=False')
+        if device.type == 'cpu':
+            raise ValueError(
+                'sync_bn=True: torch has no batch norm over processes on CPUs; set sync_bn=False'
+            )
         model = convert_sync_batchnorm(model)
-    if world() > 1: model = DistributedDataParallel(model, broadcast_buffers=False)
+    if world() > 1:
+        model = DistributedDataParallel(model, broadcast_buffers=False)
     known = torch.compiler.list_backends(None)
-    if r.compile and r.compile not in known: raise ValueError(f'compile={r.compile!r} is no backend of torch.compile' + did_you_mean(r.compile, known))
+    if r.compile and r.compile not in known:
+        raise ValueError(
+            f'compile={r.compile!r} is no backend of torch.compile' + did_you_mean(r.compile, known)
+        )
     return torch.compile(model, backend=r.compile) if r.compile else model
 
 # %% ../../nbs/training/06_learner.ipynb #d4cb8e83
 def fdsl_learner(
-    model:torch.nn.Module,
-    r:Recipe,
-    train,                # `train_loader` of this process
-    valid=(),             # `eval_loader` of this process; empty if there is nothing to measure on
-    classes:int=1000,
-    seed:int=0, device='cpu',
-    loss=None,            # of (logits, labels); the recipe's if None
-    counter=None,         # made with a `device`, has `add(logits, labels)` and `result()`; `Counter` if None
-    cbs=(),               # further callbacks, e.g. `Records` of the next chapter
+    model: torch.nn.Module,
+    r: Recipe,
+    train,  # `train_loader` of this process
+    valid=(),  # `eval_loader` of this process; empty if there is nothing to measure on
+    classes: int = 1000,
+    seed: int = 0,
+    device='cpu',
+    loss=None,  # of (logits, labels); the recipe's if None
+    counter=None,  # made with a `device`, has `add(logits, labels)` and `result()`; `Counter` if None
+    cbs=(),  # further callbacks, e.g. `Records` of the next chapter
 ) -> FDSLLearner:
     "A fastai `Learner` that trains by a recipe; `learn.fit(r.epochs)` runs it."
     device, model = torch.device(device), model.to(device)
     average, model = make_average(model, r), wrapped(model, r, device)
-    ours = [EveryStep(r, seed), MixBatch(r, classes, seed), Precision(r.precision, device), Averaging(), StopOnNonFinite(), Sums(counter or partial(Counter, classes))]
-    optimizer = lambda params, lr: OptimWrapper(opt=make_optimizer(unwrap_model(model), r))
-    learn = FDSLLearner(DataLoaders(train, valid), model, loss or Loss(r), optimizer, r.lr, default_cbs=False, cbs=[TrainEvalCallback(), *ours, *cbs])
+    ours = [
+        EveryStep(r, seed),
+        MixBatch(r, classes, seed),
+        Precision(r.precision, device),
+        Averaging(),
+        StopOnNonFinite(),
+        Sums(counter or partial(Counter, classes)),
+    ]
+
+    def optimizer(params, lr):
+        return OptimWrapper(opt=make_optimizer(unwrap_model(model), r))
+
+    learn = FDSLLearner(
+        DataLoaders(train, valid),
+        model,
+        loss or Loss(r),
+        optimizer,
+        r.lr,
+        default_cbs=False,
+        cbs=[TrainEvalCallback(), *ours, *cbs],
+    )
     learn.recipe, learn.average = r, average
     return learn

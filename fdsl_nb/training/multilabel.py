@@ -16,21 +16,34 @@ from .distributed import rank, total, world
 @dataclass(frozen=True)
 class MultiLabelLoss:
     "Binary cross entropy of logits [b, classes] with targets [b, classes] in 0 … 1: summed over classes, mean over images."
-    smoothing: float = 0.     # ε of y(1 - ε) + ε/2, while training
-    clip: float = 0.          # least probability inside the logarithm; 1e-7 as published, 0 for the exact loss
-    def __call__(self, logits:torch.Tensor, targets:torch.Tensor) -> torch.Tensor:
-        if logits.shape != targets.shape: raise ValueError(f'targets {list(targets.shape)} for logits {list(logits.shape)}: give one number in 0 … 1 for each image and class')
+
+    smoothing: float = 0.0  # ε of y(1 - ε) + ε/2, while training
+    clip: float = (
+        0.0  # least probability inside the logarithm; 1e-7 as published, 0 for the exact loss
+    )
+
+    def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if logits.shape != targets.shape:
+            raise ValueError(
+                f'targets {list(targets.shape)} for logits {list(logits.shape)}: give one number in 0 … 1 for each image and class'
+            )
         x, y = logits.float(), targets.float()
-        if self.smoothing and torch.is_grad_enabled(): y = y * (1 - self.smoothing) + 0.5 * self.smoothing
-        if not self.clip: return F.binary_cross_entropy_with_logits(x, y, reduction='sum') / len(x)
+        if self.smoothing and torch.is_grad_enabled():
+            y = y * (1 - self.smoothing) + 0.5 * self.smoothing
+        if not self.clip:
+            return F.binary_cross_entropy_with_logits(x, y, reduction='sum') / len(x)
         p = x.sigmoid()
-        return -(y * p.clamp(min=self.clip).log() + (1 - y) * (1 - p).clamp(min=self.clip).log()).sum(1).mean()
+        return (
+            -(y * p.clamp(min=self.clip).log() + (1 - y) * (1 - p).clamp(min=self.clip).log())
+            .sum(1)
+            .mean()
+        )
 
 # %% ../../nbs/training/05_multilabel.ipynb #47fcb025
 def label_ranks(
-    logits:torch.Tensor,  # float [b, classes], finite
-    positive:torch.Tensor,# bool [b, classes]
-) -> torch.Tensor:        # int64 [b], 0 … classes - 1; `classes` without a label
+    logits: torch.Tensor,  # float [b, classes], finite
+    positive: torch.Tensor,  # bool [b, classes]
+) -> torch.Tensor:  # int64 [b], 0 … classes - 1; `classes` without a label
     "The place of each image's best true label among all classes; of equal logits the lower class comes first."
     classes = logits.shape[1]
     best = logits.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
@@ -40,33 +53,45 @@ def label_ranks(
     return torch.where(positive.any(1), ahead, classes)
 
 # %% ../../nbs/training/05_multilabel.ipynb #5f4b8585
-DRAWERS = 199             # between Keras's 200 thresholds
+DRAWERS = 199  # between Keras's 200 thresholds
+
 
 def drawer(
-    logits:torch.Tensor,
-) -> torch.Tensor:        # int64, same shape, 0 … 198
+    logits: torch.Tensor,
+) -> torch.Tensor:  # int64, same shape, 0 … 198
     "The drawer of each probability: number d holds d/199 < p ≤ (d + 1)/199."
     return ((logits.float().sigmoid() * DRAWERS).ceil().long() - 1).clamp(min=0)
 
+
 def drawer_auc(
-    counts:np.ndarray,    # int64 [2, classes, 199]: without the label, with it
-) -> np.ndarray:          # float64 [classes]; nan where all images or none have the label
+    counts: np.ndarray,  # int64 [2, classes, 199]: without the label, with it
+) -> np.ndarray:  # float64 [classes]; nan where all images or none have the label
     "Area under each class's ROC curve through the borders of the drawers, by trapezoids."
-    above = np.concatenate([np.cumsum(counts[..., ::-1], 2)[..., ::-1], np.zeros_like(counts[..., :1])], 2)     # images above each threshold
+    above = np.concatenate(
+        [np.cumsum(counts[..., ::-1], 2)[..., ::-1], np.zeros_like(counts[..., :1])], 2
+    )  # images above each threshold
     without, having = above
     area = ((without[:, :-1] - without[:, 1:]) * (having[:, :-1] + having[:, 1:])).sum(1)
-    return np.divide(area, 2 * without[:, 0] * having[:, 0], out=np.full(len(area), np.nan), where=(without[:, 0] * having[:, 0]) > 0)
+    return np.divide(
+        area,
+        2 * without[:, 0] * having[:, 0],
+        out=np.full(len(area), np.nan),
+        where=(without[:, 0] * having[:, 0]) > 0,
+    )
 
 # %% ../../nbs/training/05_multilabel.ipynb #2afc180a
 def ranked(
-    scores:np.ndarray,    # float [images], of one class
-    positive:np.ndarray,  # bool [images]
-) -> tuple:               # (average precision, area under the ROC curve); nan where not defined
+    scores: np.ndarray,  # float [images], of one class
+    positive: np.ndarray,  # bool [images]
+) -> tuple:  # (average precision, area under the ROC curve); nan where not defined
     "Exact figures of one class; equal scores are taken together, so that the order of images does not matter."
-    if not positive.any(): return np.nan, np.nan
+    if not positive.any():
+        return np.nan, np.nan
     order = np.argsort(-scores, kind='stable')
     inside, sorted_scores = np.cumsum(positive[order], dtype=np.int64), scores[order]
-    ends = np.flatnonzero(np.append(sorted_scores[1:] != sorted_scores[:-1], True))     # the last image of each score
+    ends = np.flatnonzero(
+        np.append(sorted_scores[1:] != sorted_scores[:-1], True)
+    )  # the last image of each score
     true, seen = inside[ends], ends + 1
     gained, false = np.diff(true, prepend=0), seen - true
     precision = (gained * (true / seen)).sum() / true[-1]
@@ -76,34 +101,43 @@ def ranked(
 # %% ../../nbs/training/05_multilabel.ipynb #3020989f
 class _Hits:
     "The figures that `Evaluation` has too, of a class with `ranks` and `loss_sum`."
+
     @property
-    def images(self) -> int: return int(self.ranks.sum())
+    def images(self) -> int:
+        return int(self.ranks.sum())
 
-    def hits(self, k:int) -> int: return int(self.ranks[:-1][:k].sum())
+    def hits(self, k: int) -> int:
+        return int(self.ranks[:-1][:k].sum())
 
-    def hit(self, k:int) -> float:
+    def hit(self, k: int) -> float:
         "Per cent of images with a true label among the `k` likeliest."
         return 100 * self.hits(k) / self.images
 
     @property
-    def correct(self) -> int: return self.hits(1)
+    def correct(self) -> int:
+        return self.hits(1)
 
     @property
-    def within_five(self) -> int: return self.hits(5)
+    def within_five(self) -> int:
+        return self.hits(5)
 
     @property
-    def top1(self) -> float: return self.hit(1)
+    def top1(self) -> float:
+        return self.hit(1)
 
     @property
-    def top5(self) -> float: return self.hit(5)
+    def top5(self) -> float:
+        return self.hit(5)
 
     @property
-    def loss(self) -> float: return self.loss_sum / self.images
+    def loss(self) -> float:
+        return self.loss_sum / self.images
 
 # %% ../../nbs/training/05_multilabel.ipynb #f0bb5611
 def _mean(values):
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float('nan')
+
 
 def _f1(true, false, missed):
     said = np.atleast_1d(2 * true + false + missed)
@@ -113,65 +147,88 @@ def _f1(true, false, missed):
 @dataclass(frozen=True)
 class MultiLabelEvaluation(_Hits):
     "Counts over a whole split. Twin of `Evaluation`: `images`, `correct`, `within_five`, `top1`, `top5`, `loss`, with hit@k in the place of accuracy."
-    ranks: np.ndarray                       # int64 [classes + 1]: images whose best true label has this rank; the last: images without labels
-    true_positives: np.ndarray              # int64 [classes], logit above 0 and label
-    false_positives: np.ndarray             # int64 [classes]
-    false_negatives: np.ndarray             # int64 [classes]
-    areas: np.ndarray                       # float64 [classes], AUC by 200 thresholds, nan where not defined
-    loss_sum: float                         # binary cross entropy, over classes and images
-    precisions: np.ndarray|None = None      # float64 [classes], average precision, nan where not defined; None if not asked for
-    exact_areas: np.ndarray|None = None     # float64 [classes], AUC from all scores, likewise
+
+    ranks: np.ndarray  # int64 [classes + 1]: images whose best true label has this rank; the last: images without labels
+    true_positives: np.ndarray  # int64 [classes], logit above 0 and label
+    false_positives: np.ndarray  # int64 [classes]
+    false_negatives: np.ndarray  # int64 [classes]
+    areas: np.ndarray  # float64 [classes], AUC by 200 thresholds, nan where not defined
+    loss_sum: float  # binary cross entropy, over classes and images
+    precisions: np.ndarray | None = (
+        None  # float64 [classes], average precision, nan where not defined; None if not asked for
+    )
+    exact_areas: np.ndarray | None = None  # float64 [classes], AUC from all scores, likewise
 
     @property
     def micro_f1(self) -> float:
-        return _f1(self.true_positives.sum(), self.false_positives.sum(), self.false_negatives.sum())
+        return _f1(
+            self.true_positives.sum(), self.false_positives.sum(), self.false_negatives.sum()
+        )
 
     @property
     def macro_f1(self) -> float:
         return _f1(self.true_positives, self.false_positives, self.false_negatives)
 
     @property
-    def auc(self) -> float: return _mean(self.areas)
+    def auc(self) -> float:
+        return _mean(self.areas)
 
     @property
-    def published_auc(self) -> float: return float(np.nan_to_num(self.areas).mean())
+    def published_auc(self) -> float:
+        return float(np.nan_to_num(self.areas).mean())
 
     @property
-    def mean_ap(self) -> float|None:
+    def mean_ap(self) -> float | None:
         return None if self.precisions is None else _mean(self.precisions)
 
     @property
-    def exact_auc(self) -> float|None:
+    def exact_auc(self) -> float | None:
         return None if self.exact_areas is None else _mean(self.exact_areas)
 
     def figures(self) -> dict:
         "All figures as plain numbers, for a report or JSON; those not asked for are left out."
-        names = ('images', 'loss', 'top1', 'top5', 'micro_f1', 'macro_f1', 'auc', 'published_auc',
-                 'mean_ap', 'exact_auc')
+        names = (
+            'images',
+            'loss',
+            'top1',
+            'top5',
+            'micro_f1',
+            'macro_f1',
+            'auc',
+            'published_auc',
+            'mean_ap',
+            'exact_auc',
+        )
         found = {name: getattr(self, name) for name in names}
         return {name: value for name, value in found.items() if value is not None}
 
     def __repr__(self):
         more = '' if self.mean_ap is None else f', mAP {self.mean_ap:.4f}'
-        return (f'{self.correct} of {self.images} images with a true label on top: '
-                f'hit@1 {self.top1:.2f} %, hit@5 {self.top5:.2f} %, '
-                f'F1 {self.micro_f1:.4f} micro {self.macro_f1:.4f} macro, '
-                f'AUC {self.auc:.4f}{more}, loss {self.loss:.4f}')
+        return (
+            f'{self.correct} of {self.images} images with a true label on top: '
+            f'hit@1 {self.top1:.2f} %, hit@5 {self.top5:.2f} %, '
+            f'F1 {self.micro_f1:.4f} micro {self.macro_f1:.4f} macro, '
+            f'AUC {self.auc:.4f}{more}, loss {self.loss:.4f}'
+        )
 
 # %% ../../nbs/training/05_multilabel.ipynb #82415672
 class MultiLabelCounter:
     "Adds up predictions batch by batch; `result()` sums over processes. Twin of `Counter`."
-    def __init__(self, classes:int, device='cpu', average_precision:bool=False):
-        def zeros(*shape, dtype=torch.int64): return torch.zeros(shape, dtype=dtype, device=device)
+
+    def __init__(self, classes: int, device='cpu', average_precision: bool = False):
+        def zeros(*shape, dtype=torch.int64):
+            return torch.zeros(shape, dtype=dtype, device=device)
+
         self.classes, self.device = classes, device
         self.ranks, self.answers = zeros(classes + 1), zeros(3, classes)
         self.drawers = zeros(classes * 2 * DRAWERS)
         self.unusable, self.loss_sum = zeros(1), zeros(1, dtype=torch.float64)
         self.kept = [] if average_precision else None
 
-    def add(self,
-        logits:torch.Tensor,  # float [b, classes]
-        targets:torch.Tensor, # float [b, classes], a label wherever above 0
+    def add(
+        self,
+        logits: torch.Tensor,  # float [b, classes]
+        targets: torch.Tensor,  # float [b, classes], a label wherever above 0
     ):
         logits, positive = logits.detach().float(), targets > 0
         losses = F.binary_cross_entropy_with_logits(logits, targets.float(), reduction='none')
@@ -184,7 +241,8 @@ class MultiLabelCounter:
         place = torch.arange(self.classes, device=logits.device) + self.classes * positive
         drawers = (place * DRAWERS + drawer(logits)).flatten()
         self.drawers += torch.bincount(drawers, minlength=len(self.drawers))
-        if self.kept is not None: self.kept.append((logits.cpu(), positive.cpu()))
+        if self.kept is not None:
+            self.kept.append((logits.cpu(), positive.cpu()))
 
     def result(self) -> MultiLabelEvaluation:
         "Sums over processes; `FloatingPointError` where logits were not finite."
@@ -192,8 +250,10 @@ class MultiLabelCounter:
         ranks, answers, drawers = (total(t).to(torch.int64).numpy() for t in counted)
         loss, unusable = float(total(self.loss_sum)), int(total(self.unusable))
         if unusable:
-            raise FloatingPointError(f'the model answers {unusable} of {ranks.sum()} images with what is no number; '
-                                     'take a checkpoint from before it diverged, or precision=float32')
+            raise FloatingPointError(
+                f'the model answers {unusable} of {ranks.sum()} images with what is no number; '
+                'take a checkpoint from before it diverged, or precision=float32'
+            )
         exact = (None, None) if self.kept is None else self._exact(int(ranks.sum()))
         areas = drawer_auc(drawers.reshape(2, self.classes, DRAWERS))
         return MultiLabelEvaluation(ranks, *answers, areas, loss, *exact)
@@ -201,32 +261,35 @@ class MultiLabelCounter:
     def _exact(self, images, slice_=256):
         "Average precision and AUC [2, classes] from all processes' scores, a slice of classes at a time."
         scores, labels = zip(*self.kept) if self.kept else ((), ())
-        own = [torch.cat(part) if part else torch.zeros(0, self.classes) for part in (scores, labels)]
+        own = [
+            torch.cat(part) if part else torch.zeros(0, self.classes) for part in (scores, labels)
+        ]
         shares = total(torch.eye(world(), device=self.device)[rank()] * len(own[0])).long()
-        start = int(shares[:rank()].sum())
+        start = int(shares[: rank()].sum())
         found = torch.zeros(2, self.classes, device=self.device, dtype=torch.float64)
         for first in range(0, self.classes, slice_):
             columns = range(first, min(first + slice_, self.classes))
             table = torch.zeros(2, images, len(columns), dtype=torch.float64, device=self.device)
             for part, rows in zip(table, own):
-                part[start:start + len(rows)] = rows[:, first:columns[-1] + 1].to(self.device)
+                part[start : start + len(rows)] = rows[:, first : columns[-1] + 1].to(self.device)
             scores, positive = total(table).numpy()
-            for c in columns[rank()::world()]:
+            for c in columns[rank() :: world()]:
                 found[:, c] = torch.tensor(ranked(scores[:, c - first], positive[:, c - first] > 0))
         return total(found).numpy()
 
 # %% ../../nbs/training/05_multilabel.ipynb #7e41df8a
 @torch.no_grad()
 def evaluate_labels(
-    model:torch.nn.Module,
-    loader,               # batches (float32 [b, 3, h, w], float32 [b, classes]); this process's share of the split
-    classes:int,
+    model: torch.nn.Module,
+    loader,  # batches (float32 [b, 3, h, w], float32 [b, classes]); this process's share of the split
+    classes: int,
     device='cpu',
-    average_precision:bool=False,   # also mean average precision and the exact AUC; keeps all scores
+    average_precision: bool = False,  # also mean average precision and the exact AUC; keeps all scores
 ) -> MultiLabelEvaluation:
     "All figures over all processes; the model is left in the mode it was in."
     counter, training = MultiLabelCounter(classes, device, average_precision), model.training
     model.eval()
-    for images, targets in loader: counter.add(model(images.to(device)), targets.to(device))
+    for images, targets in loader:
+        counter.add(model(images.to(device)), targets.to(device))
     model.train(training)
     return counter.result()

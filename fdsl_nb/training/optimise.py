@@ -22,59 +22,114 @@ from ..core.settings import did_you_mean
 
 # %% ../../nbs/training/04_optimise.ipynb #615149fd
 def make_optimizer(
-    model:torch.nn.Module,
-    r:Recipe,
+    model: torch.nn.Module,
+    r: Recipe,
 ) -> torch.optim.Optimizer:
     "timm's optimizer of that name over the parameters that train; `ValueError` if there is none of that name."
     own = {k: v for k, v in dict(betas=r.betas, eps=r.eps).items() if v}
-    return create_optimizer_v2(parameter_groups(model, r.weight_decay, r.decay_all), opt=r.optimizer, lr=r.lr, momentum=r.momentum, **own)
+    return create_optimizer_v2(
+        parameter_groups(model, r.weight_decay, r.decay_all),
+        opt=r.optimizer,
+        lr=r.lr,
+        momentum=r.momentum,
+        **own,
+    )
 
 # %% ../../nbs/training/04_optimise.ipynb #c6d03832
-def _cosine(t): return 0.5 * (1 + math.cos(math.pi * t))
+def _cosine(t):
+    return 0.5 * (1 + math.cos(math.pi * t))
 
-CLOSED_FORMS = dict(vitpytorch_cosine=(_cosine, 1), vitpytorch_linear=(lambda t: 1 - t, 1), coyo_cosine=(_cosine, 0), coyo_linear=(lambda t: 1 - t, 0))
+
+CLOSED_FORMS = dict(
+    vitpytorch_cosine=(_cosine, 1),
+    vitpytorch_linear=(lambda t: 1 - t, 1),
+    coyo_cosine=(_cosine, 0),
+    coyo_linear=(lambda t: 1 - t, 0),
+)
+
 
 class ClosedForm:
     "A learning rate given by a formula of the step, with the two methods of a timm schedule."
-    def __init__(self, optimizer, fall:Callable, first:int, warmup:int, steps:int, lr:float, min_lr:float):
-        self.optimizer, self.fall, self.first, self.warmup, self.steps, self.lr, self.min_lr = optimizer, fall, first, warmup, steps, lr, min_lr
-    def rate(self, update:int) -> float:
+
+    def __init__(
+        self,
+        optimizer,
+        fall: Callable,
+        first: int,
+        warmup: int,
+        steps: int,
+        lr: float,
+        min_lr: float,
+    ):
+        self.optimizer, self.fall, self.first, self.warmup, self.steps, self.lr, self.min_lr = (
+            optimizer,
+            fall,
+            first,
+            warmup,
+            steps,
+            lr,
+            min_lr,
+        )
+
+    def rate(self, update: int) -> float:
         s = update + self.first
-        if s < self.warmup: return self.lr * s / self.warmup
+        if s < self.warmup:
+            return self.lr * s / self.warmup
         t = min(1.0, (s - self.warmup) / max(1, self.steps - self.warmup))
         return (self.lr - self.min_lr) * self.fall(t) + self.min_lr
-    def step(self, epoch:int, metric=None): pass
-    def step_update(self, update:int):
-        for group in self.optimizer.param_groups: group['lr'] = self.rate(update)
-    def state_dict(self): return {}
-    def load_state_dict(self, state): pass
+
+    def step(self, epoch: int, metric=None):
+        pass
+
+    def step_update(self, update: int):
+        for group in self.optimizer.param_groups:
+            group['lr'] = self.rate(update)
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
 
 # %% ../../nbs/training/04_optimise.ipynb #a979c490
 _WAITED = ('mode', 'best', 'num_bad_epochs')
 
+
 class Plateau(Scheduler):
     "Falls by a factor when the metric has not improved for a while, with warm-up and noise, epoch by epoch, as timm's."
-    def __init__(self, optimizer, r:Recipe, seed:int):
-        noisy = [n * (r.epochs - r.cooldown_epochs) for n in r.noise] or None
-        super().__init__(optimizer, 'lr', noise_range_t=noisy, noise_pct=r.noise_pct,
-                         noise_std=r.noise_std, noise_seed=seed)
-        self.r, self.rates = r, self.base_values
-        self.falls = ReduceLROnPlateau(optimizer, mode='max', factor=r.decay_rate,
-                                       patience=r.patience, min_lr=r.min_lr)
 
-    def _get_lr(self, t:int): return self.rates
+    def __init__(self, optimizer, r: Recipe, seed: int):
+        noisy = [n * (r.epochs - r.cooldown_epochs) for n in r.noise] or None
+        super().__init__(
+            optimizer,
+            'lr',
+            noise_range_t=noisy,
+            noise_pct=r.noise_pct,
+            noise_std=r.noise_std,
+            noise_seed=seed,
+        )
+        self.r, self.rates = r, self.base_values
+        self.falls = ReduceLROnPlateau(
+            optimizer, mode='max', factor=r.decay_rate, patience=r.patience, min_lr=r.min_lr
+        )
+
+    def _get_lr(self, t: int):
+        return self.rates
 
     def _warm_up(self, epoch):
         warmup, start = self.r.warmup_epochs, self.r.warmup_lr
-        if not warmup: return self.base_values
+        if not warmup:
+            return self.base_values
         return [start + epoch * ((v - start) / warmup) for v in self.base_values]
 
-    def step(self, epoch:int, metric:float=None):
-        if epoch <= self.r.warmup_epochs: return self.update_groups(self._warm_up(epoch))
-        self.update_groups(self.rates)                  # as they were before the noise
+    def step(self, epoch: int, metric: float = None):
+        if epoch <= self.r.warmup_epochs:
+            return self.update_groups(self._warm_up(epoch))
+        self.update_groups(self.rates)  # as they were before the noise
         if metric is not None and metric < 0 and self.falls.mode == 'max':
             self.falls.mode, self.falls.best = 'min', math.inf
-        if metric is not None: self.falls.step(abs(metric))
+        if metric is not None:
+            self.falls.step(abs(metric))
         self.rates = [g['lr'] for g in self.optimizer.param_groups]
         self.update_groups(self._add_noise(self.rates, epoch))
 
@@ -82,52 +137,95 @@ class Plateau(Scheduler):
         waited = {k: getattr(self.falls, k) for k in _WAITED}
         return waited | dict(rates=self.rates, lr=[g['lr'] for g in self.optimizer.param_groups])
 
-    def load_state_dict(self, state:dict):
-        for k in _WAITED: setattr(self.falls, k, state[k])
+    def load_state_dict(self, state: dict):
+        for k in _WAITED:
+            setattr(self.falls, k, state[k])
         self.rates = state['rates']
         self.update_groups(state['lr'])
 
 # %% ../../nbs/training/04_optimise.ipynb #f4cac623
 def make_schedule(
-    optimizer:torch.optim.Optimizer,
-    r:Recipe,
-    steps:int,            # steps an epoch
-    seed:int=42,          # of the noise, where there is some
+    optimizer: torch.optim.Optimizer,
+    r: Recipe,
+    steps: int,  # steps an epoch
+    seed: int = 42,  # of the noise, where there is some
 ):
     "timm's schedule of that name, in steps or in epochs, or a closed form; `ValueError` for an unknown name."
-    if r.schedule == 'none': raise ValueError("schedule='none' leaves no rate to train with; for one that stays as it is after the warm-up, choose constant")
-    if r.schedule == 'plateau': return Plateau(optimizer, r, seed)
-    if r.schedule in CLOSED_FORMS: return ClosedForm(optimizer, *CLOSED_FORMS[r.schedule], r.warmup_steps, r.epochs * steps, r.lr, r.min_lr)
+    if r.schedule == 'none':
+        raise ValueError(
+            "schedule='none' leaves no rate to train with; for one that stays as it is after the warm-up, choose constant"
+        )
+    if r.schedule == 'plateau':
+        return Plateau(optimizer, r, seed)
+    if r.schedule in CLOSED_FORMS:
+        return ClosedForm(
+            optimizer, *CLOSED_FORMS[r.schedule], r.warmup_steps, r.epochs * steps, r.lr, r.min_lr
+        )
     moving, cycles = r.epochs - r.cooldown_epochs, sum(r.cycle_mul**i for i in range(r.cycle_limit))
     warmup = r.warmup_steps / steps if r.warmup_steps else r.warmup_epochs
-    try: return create_scheduler_v2(optimizer, sched=r.schedule, num_epochs=moving / cycles, warmup_epochs=warmup, warmup_lr=r.warmup_lr, min_lr=r.min_lr,
-        decay_epochs=r.decay_epochs, decay_rate=r.decay_rate, noise=[n * cycles for n in r.noise] or None, noise_pct=r.noise_pct, noise_std=r.noise_std,
-        noise_seed=seed, cycle_mul=r.cycle_mul, cycle_decay=r.cycle_decay, cycle_limit=r.cycle_limit, step_on_epochs=not r.per_step, updates_per_epoch=steps)[0]
-    except ValueError as e: raise ValueError(f'schedule={r.schedule!r}: {e}' + did_you_mean(r.schedule, ['cosine', 'tanh', 'step', 'plateau', 'poly', *CLOSED_FORMS])) from None
+    try:
+        return create_scheduler_v2(
+            optimizer,
+            sched=r.schedule,
+            num_epochs=moving / cycles,
+            warmup_epochs=warmup,
+            warmup_lr=r.warmup_lr,
+            min_lr=r.min_lr,
+            decay_epochs=r.decay_epochs,
+            decay_rate=r.decay_rate,
+            noise=[n * cycles for n in r.noise] or None,
+            noise_pct=r.noise_pct,
+            noise_std=r.noise_std,
+            noise_seed=seed,
+            cycle_mul=r.cycle_mul,
+            cycle_decay=r.cycle_decay,
+            cycle_limit=r.cycle_limit,
+            step_on_epochs=not r.per_step,
+            updates_per_epoch=steps,
+        )[0]
+    except ValueError as e:
+        raise ValueError(
+            f'schedule={r.schedule!r}: {e}'
+            + did_you_mean(r.schedule, ['cosine', 'tanh', 'step', 'plateau', 'poly', *CLOSED_FORMS])
+        ) from None
 
 # %% ../../nbs/training/04_optimise.ipynb #4bf3fd35
 def limit_gradient(
-    model:torch.nn.Module,# gradients are there, unscaled
-    r:Recipe,
+    model: torch.nn.Module,  # gradients are there, unscaled
+    r: Recipe,
 ):
     "Applies the recipe's limit, if it has one."
-    if not r.clip: return
+    if not r.clip:
+        return
     parameters = list(model.parameters())
-    if r.clip_mode == 'agc': parameters = [p for n, p in model.named_parameters() if not n.split('.')[-2:-1] in (['head'], ['fc'], ['classifier'])]
+    if r.clip_mode == 'agc':
+        parameters = [
+            p
+            for n, p in model.named_parameters()
+            if not n.split('.')[-2:-1] in (['head'], ['fc'], ['classifier'])
+        ]
     dispatch_clip_grad(parameters, r.clip, mode=r.clip_mode)
 
 # %% ../../nbs/training/04_optimise.ipynb #29257453
 class DynamicAverage(ModelEmaV3):
     "COYO-ViT's moving average: decay min(decay, (1 + t) / (10 + t)) after update t, parameters from zero."
-    def __init__(self, model, decay:float):
+
+    def __init__(self, model, decay: float):
         super().__init__(model, decay=decay, exclude_buffers=True)
-        for p in self.module.parameters(): p.detach().zero_()
-    def get_decay(self, step=None): return min(self.decay, (1 + step) / (10 + step))
+        for p in self.module.parameters():
+            p.detach().zero_()
+
+    def get_decay(self, step=None):
+        return min(self.decay, (1 + step) / (10 + step))
+
 
 def make_average(
-    model:torch.nn.Module,# on its device
-    r:Recipe,
-) -> ModelEmaV3|None:     # call `.update(model, step)` after update number step = 1, 2, …; `.module` is the averaged model
+    model: torch.nn.Module,  # on its device
+    r: Recipe,
+) -> (
+    ModelEmaV3 | None
+):  # call `.update(model, step)` after update number step = 1, 2, …; `.module` is the averaged model
     "The averaged copy that a recipe asks for."
-    if not r.ema: return None
+    if not r.ema:
+        return None
     return DynamicAverage(model, r.ema) if r.ema_dynamic else ModelEmaV3(model, decay=r.ema)

@@ -14,103 +14,143 @@ from ..data.augmentation import Augmentation, Mixing
 @dataclass(frozen=True)
 class Data:
     "What is trained on what."
-    dataset: str = 'rcdb'               # a formula, digits, cifar10, cifar100, coyo, or a folder, archive or shards
-    data: str = ''                      # where the images of a named data set lie
-    knobs: dict = field(default_factory=dict)   # of the formula, where not its defaults
-    model: str = 'deit_tiny_patch16_224'        # a timm model
-    model_options: dict = field(default_factory=dict)   # further arguments of timm's create_model
-    batch: int = 256                    # images a step, over all processes
+
+    dataset: str = (
+        'rcdb'  # a formula, digits, cifar10, cifar100, coyo, or a folder, archive or shards
+    )
+    data: str = ''  # where the images of a named data set lie
+    knobs: dict = field(default_factory=dict)  # of the formula, where not its defaults
+    model: str = 'deit_tiny_patch16_224'  # a timm model
+    model_options: dict = field(default_factory=dict)  # further arguments of timm's create_model
+    batch: int = 256  # images a step, over all processes
     epochs: int = 300
-    steps: int = 0                      # length in steps, instead of epochs
-    eval_every: int = 0                 # steps from one measuring to the next, where the length is in steps
-    epoch_images: int = 0               # images an epoch, cut from an endless sequence of walks; 0 for a walk each
-    repeats: int = 1                    # times an image appears in an epoch (repeated augmentation)
-    hold_out: float = 0.0               # share of the training images to choose by, where there is no val split
+    steps: int = 0  # length in steps, instead of epochs
+    eval_every: int = 0  # steps from one measuring to the next, where the length is in steps
+    epoch_images: int = (
+        0  # images an epoch, cut from an endless sequence of walks; 0 for a walk each
+    )
+    repeats: int = 1  # times an image appears in an epoch (repeated augmentation)
+    hold_out: float = 0.0  # share of the training images to choose by, where there is no val split
 
 # %% ../../nbs/training/00_plan.ipynb #3ac81fd5
 @dataclass(frozen=True)
 class Start:
     "How the model is set up, and what of a checkpoint it takes over."
-    drop: float = 0.0                   # dropout
-    drop_path: float = 0.1              # stochastic depth
-    vit_dropout: float = 0.0            # ViT-pytorch's, on embeddings and inside the MLPs
-    freeze: tuple = ()                  # patterns of parameter names that do not train
-    head: str = 'auto'                  # of a checkpoint: auto, keep, new or zero
-    resize: str = 'bicubic'             # of position embeddings: bicubic, bilinear or bilinear_corners
+
+    drop: float = 0.0  # dropout
+    drop_path: float = 0.1  # stochastic depth
+    vit_dropout: float = 0.0  # ViT-pytorch's, on embeddings and inside the MLPs
+    freeze: tuple = ()  # patterns of parameter names that do not train
+    head: str = 'auto'  # of a checkpoint: auto, keep, new or zero
+    resize: str = 'bicubic'  # of position embeddings: bicubic, bilinear or bilinear_corners
 
 # %% ../../nbs/training/00_plan.ipynb #fba65f59
 @dataclass(frozen=True)
 class Optimisation:
     "How the weights move."
-    optimizer: str = 'adamw'            # a timm optimizer
-    lr: float = 1e-3                    # peak learning rate
+
+    optimizer: str = 'adamw'  # a timm optimizer
+    lr: float = 1e-3  # peak learning rate
     weight_decay: float = 0.05
-    decay_all: bool = False             # weight decay on biases, norms and embeddings too
+    decay_all: bool = False  # weight decay on biases, norms and embeddings too
     momentum: float = 0.9
-    betas: tuple = ()                   # of Adam and its kin; the optimizer's own if empty
-    eps: float = 0.0                    # likewise, 0 for the optimizer's own
-    clip: float = 0.0                   # limit of the gradient; 0 for none
-    clip_mode: str = 'norm'             # norm, value or agc (adaptive)
-    accumulate: int = 1                 # parts of a batch that are computed one after the other
-    ema: float = 0.0                    # decay of averaged weights, which are then the ones measured; 0 for none
-    ema_dynamic: bool = False           # COYO-ViT's averaging: decay (1 + t) / (10 + t) at most, from zero
-    loss: str = 'softmax'               # softmax, bce (a sigmoid a class), jsd (with aug_splits)
-    precision: str = 'float32'          # float32, bfloat16 or float16
-    channels_last: bool = False         # memory order of images and weights
-    compile: str = ''                   # backend of torch.compile, for example inductor; '' for none
-    sync_bn: bool = False               # batch norm over all processes (GPUs)
+    betas: tuple = ()  # of Adam and its kin; the optimizer's own if empty
+    eps: float = 0.0  # likewise, 0 for the optimizer's own
+    clip: float = 0.0  # limit of the gradient; 0 for none
+    clip_mode: str = 'norm'  # norm, value or agc (adaptive)
+    accumulate: int = 1  # parts of a batch that are computed one after the other
+    ema: float = 0.0  # decay of averaged weights, which are then the ones measured; 0 for none
+    ema_dynamic: bool = False  # COYO-ViT's averaging: decay (1 + t) / (10 + t) at most, from zero
+    loss: str = 'softmax'  # softmax, bce (a sigmoid a class), jsd (with aug_splits)
+    precision: str = 'float32'  # float32, bfloat16 or float16
+    channels_last: bool = False  # memory order of images and weights
+    compile: str = ''  # backend of torch.compile, for example inductor; '' for none
+    sync_bn: bool = False  # batch norm over all processes (GPUs)
 
 # %% ../../nbs/training/00_plan.ipynb #9f28d1a2
 @dataclass(frozen=True)
 class Schedule:
     "How the learning rate moves."
-    schedule: str = 'cosine'            # a timm schedule, or vitpytorch_cosine, vitpytorch_linear, coyo_linear, coyo_cosine
-    per_step: bool = True               # the schedule moves every step, not every epoch
+
+    schedule: str = 'cosine'  # a timm schedule, or vitpytorch_cosine, vitpytorch_linear, coyo_linear, coyo_cosine
+    per_step: bool = True  # the schedule moves every step, not every epoch
     warmup_epochs: int = 5
     warmup_steps: int = 0
-    warmup_lr: float = 1e-4             # learning rate the warm-up starts from
-    min_lr: float = 1e-5                # learning rate the schedule ends at
-    cooldown_epochs: int = 0            # at the end, at the lowest rate
-    decay_epochs: float = 90            # step: epochs from one fall to the next
-    decay_rate: float = 0.1             # step, plateau: factor of a fall
-    patience: int = 10                  # plateau: epochs without progress before a fall
-    noise: tuple = ()                   # shares of the schedule where noise begins and ends
-    noise_pct: float = 0.67             # limit of the noise, as a share
+    warmup_lr: float = 1e-4  # learning rate the warm-up starts from
+    min_lr: float = 1e-5  # learning rate the schedule ends at
+    cooldown_epochs: int = 0  # at the end, at the lowest rate
+    decay_epochs: float = 90  # step: epochs from one fall to the next
+    decay_rate: float = 0.1  # step, plateau: factor of a fall
+    patience: int = 10  # plateau: epochs without progress before a fall
+    noise: tuple = ()  # shares of the schedule where noise begins and ends
+    noise_pct: float = 0.67  # limit of the noise, as a share
     noise_std: float = 1.0
-    cycle_mul: float = 1.0              # length of a cycle to the one before
-    cycle_decay: float = 0.5            # peak of a cycle to the one before
-    cycle_limit: int = 1                # cycles
+    cycle_mul: float = 1.0  # length of a cycle to the one before
+    cycle_decay: float = 0.5  # peak of a cycle to the one before
+    cycle_limit: int = 1  # cycles
 
 # %% ../../nbs/training/00_plan.ipynb #81d51d13
 @dataclass(frozen=True)
 class Recipe(Data, Start, Optimisation, Schedule, Augmentation, Mixing):
     "Published settings: paper, cost and result, then everything a run needs."
+
     name: str = ''
     paper: str = ''
-    cost: str = ''                      # as published, or estimated from it
-    published: dict = field(default_factory=dict)   # data set → top-1 in percent, after fine-tuning on it
-    best_by: str = 'last'               # which checkpoint is the best: loss (training), top1 (val), top1_test or last
+    cost: str = ''  # as published, or estimated from it
+    published: dict = field(
+        default_factory=dict
+    )  # data set → top-1 in percent, after fine-tuning on it
+    best_by: str = (
+        'last'  # which checkpoint is the best: loss (training), top1 (val), top1_test or last
+    )
+
     @property
-    def expected(self) -> str: return ', '.join(f'{k} {v}' for k, v in self.published.items())
+    def expected(self) -> str:
+        return ', '.join(f'{k} {v}' for k, v in self.published.items())
 
 # %% ../../nbs/training/00_plan.ipynb #143b50a3
-CHOICES = dict(loss=('softmax', 'bce', 'jsd'), precision=('float32', 'bfloat16', 'float16'), clip_mode=('norm', 'value', 'agc'),
-    best_by=('loss', 'top1', 'top1_test', 'last'), mix_mode=('batch', 'pair', 'elem', 'reversed'), crop_kind=('timm', 'inception'), crop_mode=('center', 'squash', 'border'),
-    erasing_mode=('pixel', 'rand', 'const'))
+CHOICES = dict(
+    loss=('softmax', 'bce', 'jsd'),
+    precision=('float32', 'bfloat16', 'float16'),
+    clip_mode=('norm', 'value', 'agc'),
+    best_by=('loss', 'top1', 'top1_test', 'last'),
+    mix_mode=('batch', 'pair', 'elem', 'reversed'),
+    crop_kind=('timm', 'inception'),
+    crop_mode=('center', 'squash', 'border'),
+    erasing_mode=('pixel', 'rand', 'const'),
+)
 
-def checked(r:Recipe) -> Recipe:
+
+def checked(r: Recipe) -> Recipe:
     "The recipe itself; `ValueError` names a choice that is not known, or settings that exclude each other."
     for name, known in CHOICES.items():
-        if getattr(r, name) not in known: raise ValueError(f'{name}={getattr(r, name)!r} is not known; choose {", ".join(known)}' + did_you_mean(str(getattr(r, name)), known))
-    if r.accumulate < 1 or r.batch % r.accumulate: raise ValueError(f'accumulate={r.accumulate} does not divide batch={r.batch}; choose a divisor')
-    if (r.loss == 'jsd') != bool(r.aug_splits): raise ValueError(f'loss={r.loss!r} with aug_splits={r.aug_splits}: a JSD loss and several views need each other; set loss=jsd, aug_splits=3')
-    if r.aug_splits and (r.mixup or r.cutmix): raise ValueError(f'aug_splits={r.aug_splits} with mixup={r.mixup}, cutmix={r.cutmix}: views of an image cannot be mixed; set both to 0')
-    if r.steps % (r.eval_every or 1): raise ValueError(f'steps={r.steps} is no multiple of eval_every={r.eval_every}; choose one that is')
+        if getattr(r, name) not in known:
+            raise ValueError(
+                f'{name}={getattr(r, name)!r} is not known; choose {", ".join(known)}'
+                + did_you_mean(str(getattr(r, name)), known)
+            )
+    if r.accumulate < 1 or r.batch % r.accumulate:
+        raise ValueError(
+            f'accumulate={r.accumulate} does not divide batch={r.batch}; choose a divisor'
+        )
+    if (r.loss == 'jsd') != bool(r.aug_splits):
+        raise ValueError(
+            f'loss={r.loss!r} with aug_splits={r.aug_splits}: a JSD loss and several views need each other; set loss=jsd, aug_splits=3'
+        )
+    if r.aug_splits and (r.mixup or r.cutmix):
+        raise ValueError(
+            f'aug_splits={r.aug_splits} with mixup={r.mixup}, cutmix={r.cutmix}: views of an image cannot be mixed; set both to 0'
+        )
+    if r.steps % (r.eval_every or 1):
+        raise ValueError(
+            f'steps={r.steps} is no multiple of eval_every={r.eval_every}; choose one that is'
+        )
     return r
 
 # %% ../../nbs/training/00_plan.ipynb #f7cf9b31
-def in_epochs(r:Recipe) -> Recipe:
+def in_epochs(r: Recipe) -> Recipe:
     "A recipe in steps as the same one in epochs of `eval_every` steps; others as they are."
-    if not r.steps: return r
+    if not r.steps:
+        return r
     every = r.eval_every or r.steps
     return replace(r, epochs=r.steps // every, epoch_images=every * r.batch)

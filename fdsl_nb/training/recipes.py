@@ -12,189 +12,598 @@ from ..core.settings import Resolved, did_you_mean
 from .plan import Recipe, checked
 
 # %% ../../nbs/training/01_recipes.ipynb #feb4cc6b
-_cvpr2022 = Recipe(paper='Kataoka et al., CVPR 2022', dataset='rcdb', batch=64 * 4, epochs=300, repeats=3, best_by='loss', cost='1M images × 300 epochs')
+_cvpr2022 = Recipe(
+    paper='Kataoka et al., CVPR 2022',
+    dataset='rcdb',
+    batch=64 * 4,
+    epochs=300,
+    repeats=3,
+    best_by='loss',
+    cost='1M images × 300 epochs',
+)
 _21k = dict(batch=64 * 128, epochs=90, cost='21M images × 90 epochs')
 
 CVPR2022 = [
-    replace(_cvpr2022, name='rcdb1k_deit_tiny', published=dict(cifar10=97.0, cifar100=82.2, cars=86.5, flowers=98.9, voc12=80.9, places30=79.7, imagenet100=88.5)),
+    replace(
+        _cvpr2022,
+        name='rcdb1k_deit_tiny',
+        published=dict(
+            cifar10=97.0,
+            cifar100=82.2,
+            cars=86.5,
+            flowers=98.9,
+            voc12=80.9,
+            places30=79.7,
+            imagenet100=88.5,
+        ),
+    ),
     replace(_cvpr2022, name='rcdb1k_deit_small', model='deit_small_patch16_224'),
     replace(_cvpr2022, name='rcdb1k_deit_base', model='deit_base_patch16_224'),
-    replace(_cvpr2022, **_21k, name='rcdb21k_deit_tiny', knobs=dict(classes=21_000), published=dict(imagenet1k=73.1)),
-    replace(_cvpr2022, **_21k, name='rcdb21k_deit_base', knobs=dict(classes=21_000), model='deit_base_patch16_224', published=dict(imagenet1k=82.4)),
-    replace(_cvpr2022, name='exfractaldb1k_deit_tiny', dataset='exfractaldb',
-        published=dict(cifar10=97.2, cifar100=81.8, cars=87.0, flowers=98.9, voc12=80.6, places30=78.0, imagenet100=88.1)),
-    replace(_cvpr2022, name='exfractaldb1k_deit_base', dataset='exfractaldb', model='deit_base_patch16_224'),
-    replace(_cvpr2022, **_21k, name='exfractaldb21k_deit_base', dataset='exfractaldb', knobs=dict(classes=21_000), model='deit_base_patch16_224',
-        published=dict(imagenet1k=82.7)),
-    replace(_cvpr2022, name='mvfractaldb1k_deit_tiny', dataset='mvfractaldb')]
+    replace(
+        _cvpr2022,
+        **_21k,
+        name='rcdb21k_deit_tiny',
+        knobs=dict(classes=21_000),
+        published=dict(imagenet1k=73.1),
+    ),
+    replace(
+        _cvpr2022,
+        **_21k,
+        name='rcdb21k_deit_base',
+        knobs=dict(classes=21_000),
+        model='deit_base_patch16_224',
+        published=dict(imagenet1k=82.4),
+    ),
+    replace(
+        _cvpr2022,
+        name='exfractaldb1k_deit_tiny',
+        dataset='exfractaldb',
+        published=dict(
+            cifar10=97.2,
+            cifar100=81.8,
+            cars=87.0,
+            flowers=98.9,
+            voc12=80.6,
+            places30=78.0,
+            imagenet100=88.1,
+        ),
+    ),
+    replace(
+        _cvpr2022,
+        name='exfractaldb1k_deit_base',
+        dataset='exfractaldb',
+        model='deit_base_patch16_224',
+    ),
+    replace(
+        _cvpr2022,
+        **_21k,
+        name='exfractaldb21k_deit_base',
+        dataset='exfractaldb',
+        knobs=dict(classes=21_000),
+        model='deit_base_patch16_224',
+        published=dict(imagenet1k=82.7),
+    ),
+    replace(_cvpr2022, name='mvfractaldb1k_deit_tiny', dataset='mvfractaldb'),
+]
 
 # %% ../../nbs/training/01_recipes.ipynb #ee1fd1da
-_cvpr2023 = replace(_cvpr2022, paper='Takashima et al., CVPR 2023', dataset='visualatom', warmup_steps=5000, warmup_lr=1e-6, precision='bfloat16')
+_cvpr2023 = replace(
+    _cvpr2022,
+    paper='Takashima et al., CVPR 2023',
+    dataset='visualatom',
+    warmup_steps=5000,
+    warmup_lr=1e-6,
+    precision='bfloat16',
+)
 
 CVPR2023 = [
-    replace(_cvpr2023, name='visualatom1k_vit_tiny', model='vit_tiny_patch16_224',
-        published=dict(cifar10=97.6, cifar100=84.9, cars=88.8, flowers=98.9, voc12=82.0, places30=81.2, imagenet100=90.3)),
-    replace(_cvpr2023, **_21k, name='visualatom21k_vit_tiny', model='vit_tiny_patch16_224', knobs=dict(classes=21_000), published=dict(imagenet1k=73.8)),
-    replace(_cvpr2023, **_21k, name='visualatom21k_vit_base', model='vit_base_patch16_224', knobs=dict(classes=21_000), published=dict(imagenet1k=82.7)),
-    replace(_cvpr2023, **_21k, name='visualatom21k_swin_base', model='swin_base_patch4_window7_224', knobs=dict(classes=21_000))]
+    replace(
+        _cvpr2023,
+        name='visualatom1k_vit_tiny',
+        model='vit_tiny_patch16_224',
+        published=dict(
+            cifar10=97.6,
+            cifar100=84.9,
+            cars=88.8,
+            flowers=98.9,
+            voc12=82.0,
+            places30=81.2,
+            imagenet100=90.3,
+        ),
+    ),
+    replace(
+        _cvpr2023,
+        **_21k,
+        name='visualatom21k_vit_tiny',
+        model='vit_tiny_patch16_224',
+        knobs=dict(classes=21_000),
+        published=dict(imagenet1k=73.8),
+    ),
+    replace(
+        _cvpr2023,
+        **_21k,
+        name='visualatom21k_vit_base',
+        model='vit_base_patch16_224',
+        knobs=dict(classes=21_000),
+        published=dict(imagenet1k=82.7),
+    ),
+    replace(
+        _cvpr2023,
+        **_21k,
+        name='visualatom21k_swin_base',
+        model='swin_base_patch4_window7_224',
+        knobs=dict(classes=21_000),
+    ),
+]
 
 # %% ../../nbs/training/01_recipes.ipynb #fe6effca
-_ofdb = replace(_cvpr2022, paper='Nakamura et al., ICCV 2023', dataset='ofdb2d', model='vit_tiny_patch16_224', epochs=80_000,
-    lr=5e-4, per_step=False, warmup_lr=5e-7, min_lr=5e-6, repeats=1, hflip=0.5, vflip=0.5, erasing=0.5,
-    best_by='last', precision='bfloat16', cost='1k images × 80,000 epochs')
-_ofdb21k = dict(knobs=dict(classes=21_000), batch=1024, epochs=15_238, lr=5e-4, warmup_lr=2e-6, min_lr=2e-5, cost='21k images × 15,238 epochs')
+_ofdb = replace(
+    _cvpr2022,
+    paper='Nakamura et al., ICCV 2023',
+    dataset='ofdb2d',
+    model='vit_tiny_patch16_224',
+    epochs=80_000,
+    lr=5e-4,
+    per_step=False,
+    warmup_lr=5e-7,
+    min_lr=5e-6,
+    repeats=1,
+    hflip=0.5,
+    vflip=0.5,
+    erasing=0.5,
+    best_by='last',
+    precision='bfloat16',
+    cost='1k images × 80,000 epochs',
+)
+_ofdb21k = dict(
+    knobs=dict(classes=21_000),
+    batch=1024,
+    epochs=15_238,
+    lr=5e-4,
+    warmup_lr=2e-6,
+    min_lr=2e-5,
+    cost='21k images × 15,238 epochs',
+)
 
 OFDB = [
-    replace(_ofdb, name='ofdb2d1k_vit_tiny',
-        published=dict(cifar10=96.9, cifar100=84.0, cars=84.5, flowers=97.1, voc12=79.9, places30=79.9, imagenet100=88.0)),
-    replace(_ofdb, name='ofdb3d1k_vit_tiny', dataset='ofdb3d',
-        published=dict(cifar10=97.1, cifar100=83.8, cars=85.5, flowers=98.4, voc12=80.8, places30=80.0, imagenet100=89.1)),
+    replace(
+        _ofdb,
+        name='ofdb2d1k_vit_tiny',
+        published=dict(
+            cifar10=96.9,
+            cifar100=84.0,
+            cars=84.5,
+            flowers=97.1,
+            voc12=79.9,
+            places30=79.9,
+            imagenet100=88.0,
+        ),
+    ),
+    replace(
+        _ofdb,
+        name='ofdb3d1k_vit_tiny',
+        dataset='ofdb3d',
+        published=dict(
+            cifar10=97.1,
+            cifar100=83.8,
+            cars=85.5,
+            flowers=98.4,
+            voc12=80.8,
+            places30=80.0,
+            imagenet100=89.1,
+        ),
+    ),
     replace(_ofdb, **_ofdb21k, name='ofdb2d21k_vit_tiny'),
     replace(_ofdb, **_ofdb21k, name='ofdb3d21k_vit_tiny', dataset='ofdb3d'),
-    replace(_ofdb, name='onepfrac1k_vit_tiny', dataset='onepfrac', paper='Nakamura et al., ECCV 2024', published=dict(cifar100=84.2, imagenet100=89.0)),
-    replace(_cvpr2022, name='fractaldb1k_vit_tiny', paper='Nakashima et al., AAAI 2022', dataset='fractaldb', model='vit_tiny_patch16_224', batch=64,
-        lr=3e-4 * 64 / 512, per_step=False, warmup_epochs=10, warmup_lr=1e-6, repeats=1, best_by='last', precision='bfloat16',
-        published=dict(cifar10=96.8, cifar100=81.6, cars=86.0, flowers=98.3, voc12=80.6, places30=78.4, imagenet100=88.3))]
+    replace(
+        _ofdb,
+        name='onepfrac1k_vit_tiny',
+        dataset='onepfrac',
+        paper='Nakamura et al., ECCV 2024',
+        published=dict(cifar100=84.2, imagenet100=89.0),
+    ),
+    replace(
+        _cvpr2022,
+        name='fractaldb1k_vit_tiny',
+        paper='Nakashima et al., AAAI 2022',
+        dataset='fractaldb',
+        model='vit_tiny_patch16_224',
+        batch=64,
+        lr=3e-4 * 64 / 512,
+        per_step=False,
+        warmup_epochs=10,
+        warmup_lr=1e-6,
+        repeats=1,
+        best_by='last',
+        precision='bfloat16',
+        published=dict(
+            cifar10=96.8,
+            cifar100=81.6,
+            cars=86.0,
+            flowers=98.3,
+            voc12=80.6,
+            places30=78.4,
+            imagenet100=88.3,
+        ),
+    ),
+]
 
 # %% ../../nbs/training/01_recipes.ipynb #6541d37e
-_crops = dict(scale=(0.05, 1.0), interpolation='bilinear', auto_augment='', color_jitter=0.0, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, drop_path=0.0)
-_coyo = Recipe(paper='COYO-ViT, Kakao Brain 2022', model='coyo_vit_large_patch16_224', crop_kind='inception', ratio=(0.75, 1.33), hflip=0.5, **_crops,
-    clip=1.0, ema=0.9999, ema_dynamic=True, precision='bfloat16')
+_crops = dict(
+    scale=(0.05, 1.0),
+    interpolation='bilinear',
+    auto_augment='',
+    color_jitter=0.0,
+    erasing=0.0,
+    mixup=0.0,
+    cutmix=0.0,
+    smoothing=0.0,
+    drop_path=0.0,
+)
+_coyo = Recipe(
+    paper='COYO-ViT, Kakao Brain 2022',
+    model='coyo_vit_large_patch16_224',
+    crop_kind='inception',
+    ratio=(0.75, 1.33),
+    hflip=0.5,
+    **_crops,
+    clip=1.0,
+    ema=0.9999,
+    ema_dynamic=True,
+    precision='bfloat16',
+)
 
 COYO = [
-    replace(_coyo, name='coyo300m_vit_large', dataset='coyo', model_options=dict(representation=1024), batch=4096, epochs=7, cost='300M images × 7 epochs',
-        loss='bce', lr=6e-4, weight_decay=0.1, eps=1e-7, schedule='coyo_linear', warmup_steps=10_000, min_lr=1e-5)]
+    replace(
+        _coyo,
+        name='coyo300m_vit_large',
+        dataset='coyo',
+        model_options=dict(representation=1024),
+        batch=4096,
+        epochs=7,
+        cost='300M images × 7 epochs',
+        loss='bce',
+        lr=6e-4,
+        weight_decay=0.1,
+        eps=1e-7,
+        schedule='coyo_linear',
+        warmup_steps=10_000,
+        min_lr=1e-5,
+    )
+]
 
 PRETRAIN = [*CVPR2022, *CVPR2023, *OFDB, *COYO]
 
 # %% ../../nbs/training/01_recipes.ipynb #4097ebb5
-_cvpr2023_fine = Recipe(name='finetune_cvpr2023', paper='Takashima et al., CVPR 2023', dataset='digits', batch=96 * 8, epochs=1000, cost='1000 epochs',
-    optimizer='sgd', lr=0.01 * 768 / 512, weight_decay=1e-4, per_step=False, warmup_epochs=10, warmup_lr=1e-6 * 768 / 512, min_lr=1e-5 * 768 / 512,
-    precision='bfloat16', hflip=0.5)
+_cvpr2023_fine = Recipe(
+    name='finetune_cvpr2023',
+    paper='Takashima et al., CVPR 2023',
+    dataset='digits',
+    batch=96 * 8,
+    epochs=1000,
+    cost='1000 epochs',
+    optimizer='sgd',
+    lr=0.01 * 768 / 512,
+    weight_decay=1e-4,
+    per_step=False,
+    warmup_epochs=10,
+    warmup_lr=1e-6 * 768 / 512,
+    min_lr=1e-5 * 768 / 512,
+    precision='bfloat16',
+    hflip=0.5,
+)
 
 FDSL_FINETUNE = [
-    Recipe(name='finetune_cvpr2022', paper='Kataoka et al., CVPR 2022', dataset='digits', batch=64 * 16, epochs=300, repeats=3, hflip=0.5,
-        best_by='top1', cost='300 epochs'),
+    Recipe(
+        name='finetune_cvpr2022',
+        paper='Kataoka et al., CVPR 2022',
+        dataset='digits',
+        batch=64 * 16,
+        epochs=300,
+        repeats=3,
+        hflip=0.5,
+        best_by='top1',
+        cost='300 epochs',
+    ),
     _cvpr2023_fine,
-    replace(_cvpr2023_fine, name='finetune_aaai2022', paper='Nakashima et al., AAAI 2022', optimizer='momentum', batch=96,
-        lr=0.01 * 96 / 512, warmup_lr=1e-6, min_lr=1e-5, drop_path=0.0, erasing=0.0)]
+    replace(
+        _cvpr2023_fine,
+        name='finetune_aaai2022',
+        paper='Nakashima et al., AAAI 2022',
+        optimizer='momentum',
+        batch=96,
+        lr=0.01 * 96 / 512,
+        warmup_lr=1e-6,
+        min_lr=1e-5,
+        drop_path=0.0,
+        erasing=0.0,
+    ),
+]
 
 # %% ../../nbs/training/01_recipes.ipynb #c3540b0a
-_vitpytorch = Recipe(paper='ViT-pytorch (Dosovitskiy et al. 2021)', ratio=(3/4, 4/3), hflip=0.0, **_crops, crop=1.0, crop_mode='squash',
-    head='zero', resize='bilinear_corners', vit_dropout=0.1, optimizer='momentum', lr=0.03, weight_decay=0.0, clip=1.0, batch=512,
-    steps=10_000, schedule='vitpytorch_cosine', warmup_steps=500, min_lr=0.0, eval_every=100, best_by='top1', hold_out=0.1)
-_sizes = dict(b16='vit_base_patch16_224', b32='vit_base_patch32_224', l16='vit_large_patch16_224', l32='vit_large_patch32_224', r50_b16='vit_base_r50_s16_224')
+_vitpytorch = Recipe(
+    paper='ViT-pytorch (Dosovitskiy et al. 2021)',
+    ratio=(3 / 4, 4 / 3),
+    hflip=0.0,
+    **_crops,
+    crop=1.0,
+    crop_mode='squash',
+    head='zero',
+    resize='bilinear_corners',
+    vit_dropout=0.1,
+    optimizer='momentum',
+    lr=0.03,
+    weight_decay=0.0,
+    clip=1.0,
+    batch=512,
+    steps=10_000,
+    schedule='vitpytorch_cosine',
+    warmup_steps=500,
+    min_lr=0.0,
+    eval_every=100,
+    best_by='top1',
+    hold_out=0.1,
+)
+_sizes = dict(
+    b16='vit_base_patch16_224',
+    b32='vit_base_patch32_224',
+    l16='vit_large_patch16_224',
+    l32='vit_large_patch32_224',
+    r50_b16='vit_base_r50_s16_224',
+)
 _results = dict(b16=(99.08, 92.3), l32=(99.03, 92.76), r50_b16=(98.92, 92.31))
-_short = (('cifar10', 500, 98.59), ('cifar10', 1000, 98.78), ('cifar100', 500, 90.72), ('cifar100', 1000, 92.16))
+_short = (
+    ('cifar10', 500, 98.59),
+    ('cifar10', 1000, 98.78),
+    ('cifar100', 500, 90.72),
+    ('cifar100', 1000, 92.16),
+)
 
-VITPYTORCH = [replace(_vitpytorch, name=f'vitpytorch_{data}_{size}', dataset=data, model=model, cost='10,000 steps of 512',
-        published={data: _results[size][n]} if size in _results else {})
-    for n, data in enumerate(('cifar10', 'cifar100')) for size, model in _sizes.items()]
-VITPYTORCH += [replace(_vitpytorch, name=f'vitpytorch_{data}_b16_{steps}', dataset=data, model=_sizes['b16'], steps=steps, warmup_steps=100,
-        cost=f'{steps:,} steps of 512', published={data: top1})
-    for data, steps, top1 in _short]
+VITPYTORCH = [
+    replace(
+        _vitpytorch,
+        name=f'vitpytorch_{data}_{size}',
+        dataset=data,
+        model=model,
+        cost='10,000 steps of 512',
+        published={data: _results[size][n]} if size in _results else {},
+    )
+    for n, data in enumerate(('cifar10', 'cifar100'))
+    for size, model in _sizes.items()
+]
+VITPYTORCH += [
+    replace(
+        _vitpytorch,
+        name=f'vitpytorch_{data}_b16_{steps}',
+        dataset=data,
+        model=_sizes['b16'],
+        steps=steps,
+        warmup_steps=100,
+        cost=f'{steps:,} steps of 512',
+        published={data: top1},
+    )
+    for data, steps, top1 in _short
+]
 
 # %% ../../nbs/training/01_recipes.ipynb #bc305e65
-_fork = [('cifar10', 'b32', 224, 10_000, 99.0), ('cifar10', 'b32', 224, 1000, 98.89), ('cifar10', 'b32', 384, 1000, 98.65),
-    ('cifar100', 'b32', 224, 1000, 90.74), ('cifar100', 'b32', 384, 1000, 90.61), ('cifar10', 'l32', 224, 1000, 98.83),
-    ('cifar10', 'l32', 384, 1000, 98.72), ('cifar100', 'l32', 224, 1000, 91.95), ('cifar100', 'l32', 384, 10_000, 93.39)]
+_fork = [
+    ('cifar10', 'b32', 224, 10_000, 99.0),
+    ('cifar10', 'b32', 224, 1000, 98.89),
+    ('cifar10', 'b32', 384, 1000, 98.65),
+    ('cifar100', 'b32', 224, 1000, 90.74),
+    ('cifar100', 'b32', 384, 1000, 90.61),
+    ('cifar10', 'l32', 224, 1000, 98.83),
+    ('cifar10', 'l32', 384, 1000, 98.72),
+    ('cifar100', 'l32', 224, 1000, 91.95),
+    ('cifar100', 'l32', 384, 10_000, 93.39),
+]
+
 
 def _forked(data, size, side, steps, top1):
     name = f'vitpytorch_{data}_{size}' + '_384' * (side == 384) + '_1000' * (steps == 1000)
     batch = 256 if (size, side) == ('l32', 384) else 512
-    return replace(_vitpytorch, name=name, paper='A fork of ViT-pytorch for CIFAR', dataset=data, model=_sizes[size], image_size=side, batch=batch,
-        steps=steps, warmup_steps=100 if steps == 1000 else 500, cost=f'{steps:,} steps of {batch}', published={data: top1})
+    return replace(
+        _vitpytorch,
+        name=name,
+        paper='A fork of ViT-pytorch for CIFAR',
+        dataset=data,
+        model=_sizes[size],
+        image_size=side,
+        batch=batch,
+        steps=steps,
+        warmup_steps=100 if steps == 1000 else 500,
+        cost=f'{steps:,} steps of {batch}',
+        published={data: top1},
+    )
+
 
 _forks = {r.name: r for r in (_forked(*row) for row in _fork)}
 VITPYTORCH = [_forks.pop(r.name, r) for r in VITPYTORCH] + [*_forks.values()]
 
 # %% ../../nbs/training/01_recipes.ipynb #19e07258
-COYO_FINETUNE = [replace(_coyo, name=f'coyo_imagenet_vit_large_{side}', dataset='imagenet', image_size=side, crop=1.0, crop_mode='squash',
-        resize='bilinear_corners', optimizer='momentum', lr=0.03, weight_decay=0.0, batch=512, steps=20_000, schedule='coyo_cosine', warmup_steps=500,
-        min_lr=0.0, eval_every=2000, cost='20,000 steps of 512', published=dict(imagenet1k=top1))
-    for side, top1 in ((384, 86.72), (512, 87.24))]
+COYO_FINETUNE = [
+    replace(
+        _coyo,
+        name=f'coyo_imagenet_vit_large_{side}',
+        dataset='imagenet',
+        image_size=side,
+        crop=1.0,
+        crop_mode='squash',
+        resize='bilinear_corners',
+        optimizer='momentum',
+        lr=0.03,
+        weight_decay=0.0,
+        batch=512,
+        steps=20_000,
+        schedule='coyo_cosine',
+        warmup_steps=500,
+        min_lr=0.0,
+        eval_every=2000,
+        cost='20,000 steps of 512',
+        published=dict(imagenet1k=top1),
+    )
+    for side, top1 in ((384, 86.72), (512, 87.24))
+]
 
 FINETUNE = [*FDSL_FINETUNE, *VITPYTORCH, *COYO_FINETUNE]
 
 # %% ../../nbs/training/01_recipes.ipynb #801d12e0
 def recipes(
-    stage:str='',         # pretrain or finetune; both if empty
-) -> 'pd.DataFrame':      # a row a recipe, by name
+    stage: str = '',  # pretrain or finetune; both if empty
+) -> 'pd.DataFrame':  # a row a recipe, by name
     "The published recipes: paper, data set, model, size of the run, published results."
     import pandas as pd
-    stages, columns = dict(pretrain=PRETRAIN, finetune=FINETUNE), ('name', 'paper', 'dataset', 'model', 'optimizer', 'lr', 'batch', 'cost', 'expected')
-    rows = [{'stage': s} | {k: getattr(r, k) for k in columns} for s in stages if stage in ('', s) for r in stages[s]]
+
+    stages, columns = (
+        dict(pretrain=PRETRAIN, finetune=FINETUNE),
+        ('name', 'paper', 'dataset', 'model', 'optimizer', 'lr', 'batch', 'cost', 'expected'),
+    )
+    rows = [
+        {'stage': s} | {k: getattr(r, k) for k in columns}
+        for s in stages
+        if stage in ('', s)
+        for r in stages[s]
+    ]
     return pd.DataFrame(rows).set_index('name')
 
 # %% ../../nbs/training/01_recipes.ipynb #01e1b350
 def recipe(
-    name:str=None,        # a recipe's name
-    stage:str='pretrain', # pretrain or finetune
-    dataset:str=None,     # without a name: the first recipe for this data set
+    name: str = None,  # a recipe's name
+    stage: str = 'pretrain',  # pretrain or finetune
+    dataset: str = None,  # without a name: the first recipe for this data set
 ) -> Recipe:
     "A published recipe; `ValueError` names the nearest known one."
     known = {r.name: r for r in dict(pretrain=PRETRAIN, finetune=FINETUNE)[stage]}
-    if name and name not in known: raise ValueError(f'recipe={name!r} is not a {stage} recipe' + did_you_mean(name, known))
-    if name: return known[name]
+    if name and name not in known:
+        raise ValueError(f'recipe={name!r} is not a {stage} recipe' + did_you_mean(name, known))
+    if name:
+        return known[name]
     return next((r for r in known.values() if r.dataset == dataset), next(iter(known.values())))
 
 # %% ../../nbs/training/01_recipes.ipynb #d51aff9a
 def _aligned(rows):
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return '\n'.join('  '.join(f'{word:<{width}}' for word, width in zip(row, widths)).rstrip() for row in rows)
+    return '\n'.join(
+        '  '.join(f'{word:<{width}}' for word, width in zip(row, widths)).rstrip() for row in rows
+    )
+
 
 def recipe_listing(
-    name:str='',          # a recipe; all if empty
+    name: str = '',  # a recipe; all if empty
 ) -> str:
     "For a terminal: every recipe with data set, model, cost and published results, or all settings of one; `ValueError` names the nearest known one."
     stages = dict(pretrain=PRETRAIN, finetune=FINETUNE)
     found = [(stage, r) for stage in stages for r in stages[stage] if name in ('', r.name)]
-    if not found: raise ValueError(f'recipe={name!r} is not known' + did_you_mean(name, [r.name for rows in stages.values() for r in rows]))
-    if name: return _aligned([('stage', found[0][0]), *((f.name, str(getattr(found[0][1], f.name))) for f in reversed(fields(Recipe)))])
-    rows = {r.paper: [(o.name, stage, o.dataset, o.model, o.cost, o.expected) for stage, o in found if o.paper == r.paper] for _, r in found}
+    if not found:
+        raise ValueError(
+            f'recipe={name!r} is not known'
+            + did_you_mean(name, [r.name for rows in stages.values() for r in rows])
+        )
+    if name:
+        return _aligned(
+            [
+                ('stage', found[0][0]),
+                *((f.name, str(getattr(found[0][1], f.name))) for f in reversed(fields(Recipe))),
+            ]
+        )
+    rows = {
+        r.paper: [
+            (o.name, stage, o.dataset, o.model, o.cost, o.expected)
+            for stage, o in found
+            if o.paper == r.paper
+        ]
+        for _, r in found
+    }
     return '\n\n'.join(f'{paper}\n{_aligned(rows[paper])}' for paper in rows)
 
 # %% ../../nbs/training/01_recipes.ipynb #b12dd812
-_small = dict(model='deit_tiny_patch16_224', model_options=dict(patch_size=8, embed_dim=128, depth=4, num_heads=4), image_size=32, drop_path=0.0, repeats=1,
-    precision='float32', optimizer='adamw', lr=1e-3, weight_decay=0.05, per_step=True, warmup_epochs=1, warmup_steps=0, warmup_lr=1e-5, min_lr=1e-5,
-    auto_augment='', color_jitter=0.0, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, best_by='last', schedule='cosine', clip=0.0,
-    decay_all=False, eps=0.0, vit_dropout=0.0, steps=0, eval_every=0, ema=0.0, crop_kind='timm')
-DEMO = dict(pretrain=dict(_small, epochs=10, batch=64, epoch_images=6400, scale=(0.5, 1.0)),
-            finetune=dict(_small, epochs=12, batch=32, hflip=0.0, scale=(0.8, 1.0)))
+_small = dict(
+    model='deit_tiny_patch16_224',
+    model_options=dict(patch_size=8, embed_dim=128, depth=4, num_heads=4),
+    image_size=32,
+    drop_path=0.0,
+    repeats=1,
+    precision='float32',
+    optimizer='adamw',
+    lr=1e-3,
+    weight_decay=0.05,
+    per_step=True,
+    warmup_epochs=1,
+    warmup_steps=0,
+    warmup_lr=1e-5,
+    min_lr=1e-5,
+    auto_augment='',
+    color_jitter=0.0,
+    erasing=0.0,
+    mixup=0.0,
+    cutmix=0.0,
+    smoothing=0.0,
+    best_by='last',
+    schedule='cosine',
+    clip=0.0,
+    decay_all=False,
+    eps=0.0,
+    vit_dropout=0.0,
+    steps=0,
+    eval_every=0,
+    ema=0.0,
+    crop_kind='timm',
+)
+DEMO = dict(
+    pretrain=dict(_small, epochs=10, batch=64, epoch_images=6400, scale=(0.5, 1.0)),
+    finetune=dict(_small, epochs=12, batch=32, hflip=0.0, scale=(0.8, 1.0)),
+)
 BUDGETS = ('demo', 'paper')
 
 # %% ../../nbs/training/01_recipes.ipynb #c2a0f04e
-DEMO_KNOBS = dict(rcdb=dict(instances=64, size=256, start_range=100), visualatom=dict(instances=64, size=256, start_range=100),
-    fractaldb=dict(instances=100, size=128, points=30_000), ofdb2d=dict(size=128, points=30_000), onepfrac=dict(size=128, points=30_000),
-    exfractaldb=dict(size=64, rows=25, points=3000), mvfractaldb=dict(size=64, rows=25, points=3000), ofdb3d=dict(size=64, points=3000))
+DEMO_KNOBS = dict(
+    rcdb=dict(instances=64, size=256, start_range=100),
+    visualatom=dict(instances=64, size=256, start_range=100),
+    fractaldb=dict(instances=100, size=128, points=30_000),
+    ofdb2d=dict(size=128, points=30_000),
+    onepfrac=dict(size=128, points=30_000),
+    exfractaldb=dict(size=64, rows=25, points=3000),
+    mvfractaldb=dict(size=64, rows=25, points=3000),
+    ofdb3d=dict(size=64, points=3000),
+)
+
 
 def shrink(
-    r:Recipe,
-    stage:str,            # pretrain or finetune
+    r: Recipe,
+    stage: str,  # pretrain or finetune
 ) -> Recipe:
     "The demo version of a recipe: minutes on two CPU cores."
     from fdsl_nb.formulas.formula import formulas
+
     drawn = r.dataset in formulas() or ':' in r.dataset
     knobs = {**r.knobs, 'classes': 100, **DEMO_KNOBS.get(r.dataset, {})} if drawn else {}
     return replace(r, **DEMO[stage], knobs=knobs)
 
 # %% ../../nbs/training/01_recipes.ipynb #de8f46d5
 def resolve(
-    stage:str,            # pretrain or finetune
-    given:dict,           # values given by hand: fields of `Recipe`, or knobs of the formula under `knobs`
-    name:str=None,        # a recipe's name
-    budget:str='demo',    # demo or paper
-) -> dict:                # field → Resolved(value, source)
+    stage: str,  # pretrain or finetune
+    given: dict,  # values given by hand: fields of `Recipe`, or knobs of the formula under `knobs`
+    name: str = None,  # a recipe's name
+    budget: str = 'demo',  # demo or paper
+) -> dict:  # field → Resolved(value, source)
     "A recipe, its budget and the values given by hand as one configuration; the last wins."
-    if budget not in BUDGETS: raise ValueError(f'budget={budget!r} is not known' + did_you_mean(budget, BUDGETS))
+    if budget not in BUDGETS:
+        raise ValueError(f'budget={budget!r} is not known' + did_you_mean(budget, BUDGETS))
     base = recipe(name, stage, given.get('dataset'))
-    if given.get('dataset', base.dataset) != base.dataset: base = replace(base, dataset=given['dataset'], knobs={})
+    if given.get('dataset', base.dataset) != base.dataset:
+        base = replace(base, dataset=given['dataset'], knobs={})
     chosen = shrink(base, stage) if budget == 'demo' else base
     sources = {}
     for f in fields(Recipe):
         published, value = getattr(base, f.name), getattr(chosen, f.name)
-        sources[f.name] = Resolved(value, f'recipe {base.name}' if value == published else f'budget {budget}')
-    given = {**given, 'knobs': {**chosen.knobs, **given.get('knobs', {})}} if given.get('knobs') else given
+        sources[f.name] = Resolved(
+            value, f'recipe {base.name}' if value == published else f'budget {budget}'
+        )
+    given = (
+        {**given, 'knobs': {**chosen.knobs, **given.get('knobs', {})}}
+        if given.get('knobs')
+        else given
+    )
     config = sources | {k: Resolved(v, 'parameter') for k, v in given.items()}
     checked(Recipe(**{f.name: config[f.name].value for f in fields(Recipe)}))
     return config

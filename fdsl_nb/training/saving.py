@@ -21,60 +21,99 @@ from .plan import Recipe
 
 # %% ../../nbs/training/07_saving.ipynb #e62c10dc
 def metric_of(
-    row:dict,             # of `summary.csv`
-    best_by:str,          # loss, top1, top1_test or last
-) -> float|None:
+    row: dict,  # of `summary.csv`
+    best_by: str,  # loss, top1, top1_test or last
+) -> float | None:
     "The number by which checkpoints are compared, higher for better; None if they are not."
     loss = -row['train_loss']
-    return dict(loss=loss, top1=row.get('eval_top1', loss), top1_test=row.get('eval_top1', loss)).get(best_by)
+    return dict(
+        loss=loss, top1=row.get('eval_top1', loss), top1_test=row.get('eval_top1', loss)
+    ).get(best_by)
 
 # %% ../../nbs/training/07_saving.ipynb #500c7bd0
 def write_state(
-    learn:FDSLLearner,
-    path:Path,
-    settings:dict,        # the run's values, kept in the checkpoint
-    batch:int=0,          # batches done of an epoch that is not; 0 for a whole epoch
-    sums:list=None,       # of the epoch so far: [loss, images] a process
+    learn: FDSLLearner,
+    path: Path,
+    settings: dict,  # the run's values, kept in the checkpoint
+    batch: int = 0,  # batches done of an epoch that is not; 0 for a whole epoch
+    sums: list = None,  # of the epoch so far: [loss, images] a process
 ):
     "Writes a checkpoint from which `restore` goes on."
-    state = dict(steps_done=learn.steps_done, best=learn.best, metric=learn.metric, batch=batch, sums=sums, row=learn.row, schedule=learn.every_step.schedule.state_dict())
-    save_checkpoint(path, learn.model, arch=learn.recipe.model, epoch=learn.epoch, optimizer=learn.opt.opt, metric=learn.metric, args=settings,
-        ema=learn.average and learn.average.module, extra=dict(fdsl=_plain_schedule(state), amp_scaler=learn.scaler.state_dict()))
+    state = dict(
+        steps_done=learn.steps_done,
+        best=learn.best,
+        metric=learn.metric,
+        batch=batch,
+        sums=sums,
+        row=learn.row,
+        schedule=learn.every_step.schedule.state_dict(),
+    )
+    save_checkpoint(
+        path,
+        learn.model,
+        arch=learn.recipe.model,
+        epoch=learn.epoch,
+        optimizer=learn.opt.opt,
+        metric=learn.metric,
+        args=settings,
+        ema=learn.average and learn.average.module,
+        extra=dict(fdsl=_plain_schedule(state), amp_scaler=learn.scaler.state_dict()),
+    )
+
 
 def _plain_schedule(state):
     "Without the schedule's functions of itself."
-    return state | dict(schedule={k: v for k, v in state['schedule'].items() if isinstance(v, (int, float, str, bool, list, type(None)))})
+    return state | dict(
+        schedule={
+            k: v
+            for k, v in state['schedule'].items()
+            if isinstance(v, (int, float, str, bool, list, type(None)))
+        }
+    )
 
 # %% ../../nbs/training/07_saving.ipynb #3cb733ff
-def same_file(path:Path, other:Path):
+def same_file(path: Path, other: Path):
     "Makes `other` the same file as `path`, whole or not at all; a copy where links cannot be made."
     new = other.with_name(f'.{other.name}.new')
     new.unlink(missing_ok=True)
-    try: os.link(path, new)
-    except OSError: shutil.copyfile(path, new)
+    try:
+        os.link(path, new)
+    except OSError:
+        shutil.copyfile(path, new)
     os.replace(new, other)
 
-def own_checkpoints(folder:RunFolder, kind:str) -> dict: # numbers in the name → path
+
+def own_checkpoints(folder: RunFolder, kind: str) -> dict:  # numbers in the name → path
     "The checkpoints that the run wrote as `KIND-N….pth.tar`, KIND being checkpoint (after an epoch) or recovery (within one)."
-    found = [name for name in noted_files(folder) if re.fullmatch(rf'{kind}(-\d+)+\.pth\.tar', name) and folder.file(name).exists()]
+    found = [
+        name
+        for name in noted_files(folder)
+        if re.fullmatch(rf'{kind}(-\d+)+\.pth\.tar', name) and folder.file(name).exists()
+    ]
     return {tuple(map(int, re.findall(r'\d+', name))): folder.file(name) for name in found}
 
+
 def trim(
-    folder:RunFolder,
-    history:int,          # how many `checkpoint-N.pth.tar` may stay
-    best_by:str,
+    folder: RunFolder,
+    history: int,  # how many `checkpoint-N.pth.tar` may stay
+    best_by: str,
 ):
     "Removes all but the best (without a metric: the latest) of the epochs' checkpoints."
     rows = {r['epoch']: metric_of(r, best_by) for r in read_summary(folder)}
     kept = {epoch: path for (epoch,), path in own_checkpoints(folder, 'checkpoint').items()}
-    order = sorted(kept, key=lambda e: (rows.get(e) if rows.get(e) is not None else 0., e), reverse=True)
-    for epoch in order[history:]: kept[epoch].unlink()
+    order = sorted(
+        kept, key=lambda e: (rows.get(e) if rows.get(e) is not None else 0.0, e), reverse=True
+    )
+    for epoch in order[history:]:
+        kept[epoch].unlink()
 
 # %% ../../nbs/training/07_saving.ipynb #7ad65698
 class Records(Callback):
     "After each epoch: checkpoints, a row and a line in the run's folder."
+
     order = 60
-    def __init__(self, folder:RunFolder, settings:dict, history:int=0, hold:int=0):
+
+    def __init__(self, folder: RunFolder, settings: dict, history: int = 0, hold: int = 0):
         self.folder, self.settings, self.history, self.hold = folder, settings, history, hold
 
     def after_epoch(self):
@@ -84,71 +123,99 @@ class Records(Callback):
         row |= {f'eval_{k}': v for k, v in found.items() if k != 'images'}
         learn.row = row = row | dict(lr=learn.opt.opt.param_groups[0]['lr'])
         better = self.compare(metric_of(row, learn.recipe.best_by), metric_of(row, 'top1'))
-        if rank(): return
+        if rank():
+            return
         self.keep(better)
         add_epoch(self.folder, row)
-        if self.history: trim(self.folder, self.history, learn.recipe.best_by)
+        if self.history:
+            trim(self.folder, self.history, learn.recipe.best_by)
         log_event(self.folder, 'epoch', images_per_second=round(learn.images_per_second, 1), **row)
         numbers = ', '.join(f'{k} {v:.4g}' for k, v in row.items() if k != 'epoch')
         speed = f'{learn.images_per_second:.0f} images/s'
         print(f'epoch {learn.epoch + 1}/{learn.n_epoch}: {numbers}, {speed}', flush=True)
 
-    def compare(self, metric:float|None, progress:float) -> bool:
+    def compare(self, metric: float | None, progress: float) -> bool:
         "Keeps the metric, which a plateau schedule wants too; says whether it is the best so far."
         self.learn.metric = progress if metric is None else metric
         better = metric is not None and (self.learn.best is None or metric > self.learn.best)
-        if better: self.learn.best = metric
+        if better:
+            self.learn.best = metric
         return better
 
-    def keep(self, better:bool):
+    def keep(self, better: bool):
         "Writes `last.pth.tar`, and gives it the other names that it has earned."
         last, epoch = self.folder.output('last.pth.tar'), self.learn.epoch
         write_state(self.learn, last, self.settings)
         names = ['model_best'] if better else []
-        if self.history: names.append(f'checkpoint-{epoch}')
-        if self.hold and (epoch + 1) % self.hold == 0: names.append(f'held-checkpoint-{epoch}')
-        for name in names: same_file(last, self.folder.output(f'{name}.pth.tar'))
-        for old in own_checkpoints(self.folder, 'recovery').values(): old.unlink()
+        if self.history:
+            names.append(f'checkpoint-{epoch}')
+        if self.hold and (epoch + 1) % self.hold == 0:
+            names.append(f'held-checkpoint-{epoch}')
+        for name in names:
+            same_file(last, self.folder.output(f'{name}.pth.tar'))
+        for old in own_checkpoints(self.folder, 'recovery').values():
+            old.unlink()
 
 # %% ../../nbs/training/07_saving.ipynb #50203886
 class Recovery(Callback):
     "Every `steps` steps within an epoch: `recovery-EPOCH-BATCH.pth.tar`, the previous one removed."
+
     order, run_valid = 50, False
-    def __init__(self, folder:RunFolder, settings:dict, steps:int): self.folder, self.settings, self.steps = folder, settings, steps
+
+    def __init__(self, folder: RunFolder, settings: dict, steps: int):
+        self.folder, self.settings, self.steps = folder, settings, steps
+
     def after_batch(self):
         learn, batches = self.learn, self.learn.dls.train.batch_sampler
         done = batches.first + learn.iter + 1
-        if learn.steps_done % self.steps or done == batches.steps: return
+        if learn.steps_done % self.steps or done == batches.steps:
+            return
         sums = each(learn.sums.so_far.tolist())
-        learn.averaging.agree()     # one file holds the statistics of one process
-        if rank(): return
+        learn.averaging.agree()  # one file holds the statistics of one process
+        if rank():
+            return
         new = self.folder.output(f'recovery-{learn.epoch}-{done}.pth.tar')
         write_state(learn, new, self.settings, done, sums)
         for old in own_checkpoints(self.folder, 'recovery').values():
-            if old != new: old.unlink()
+            if old != new:
+                old.unlink()
 
 # %% ../../nbs/training/07_saving.ipynb #2168e965
 class Pause(Callback):
     "Ends the session after `epochs` epochs, unless the run ends there anyway."
+
     order, run_valid = 80, False
-    def __init__(self, epochs:int): self.epochs = epochs
+
+    def __init__(self, epochs: int):
+        self.epochs = epochs
+
     def after_epoch(self):
-        if self.learn.epoch + 1 - self.learn.first_epoch < self.epochs or self.learn.epoch + 1 == self.learn.n_epoch: return
+        if (
+            self.learn.epoch + 1 - self.learn.first_epoch < self.epochs
+            or self.learn.epoch + 1 == self.learn.n_epoch
+        ):
+            return
         self.learn.paused = True
         raise CancelFitException
 
+
 class SaveInputs(Callback):
     "The first batch as the network sees it, up to 64 images, as `inputs.png`."
+
     order, run_valid = 0, False
-    def __init__(self, folder:RunFolder, r:Recipe): self.folder, self.r = folder, r
+
+    def __init__(self, folder: RunFolder, r: Recipe):
+        self.folder, self.r = folder, r
+
     def before_batch(self):
-        if rank() or self.learn.steps_done or self.folder.file('inputs.png').exists(): return
+        if rank() or self.learn.steps_done or self.folder.file('inputs.png').exists():
+            return
         images = self.learn.xb[0].flatten(0, -4)[:64].float().cpu()
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.r.mean, self.r.std))
         save_image((images * std + mean).clamp(0, 1), self.folder.output('inputs.png'))
 
 # %% ../../nbs/training/07_saving.ipynb #636b750f
-def latest(folder:RunFolder) -> Path|None:
+def latest(folder: RunFolder) -> Path | None:
     "The checkpoint to go on from: within an epoch, or after one."
     last = folder.file('last.pth.tar')
     done = read_checkpoint(last)['epoch'] if last.exists() else -1
@@ -158,23 +225,32 @@ def latest(folder:RunFolder) -> Path|None:
 
 # %% ../../nbs/training/07_saving.ipynb #8ef6068c
 def restore(
-    learn:FDSLLearner,
-    path:Path,            # a checkpoint of this run
+    learn: FDSLLearner,
+    path: Path,  # a checkpoint of this run
 ):
     "Puts everything back, so that `fit` goes on where the checkpoint was written; returns the last whole epoch's row."
     saved = read_checkpoint(path)
     unwrap_model(learn.model).load_state_dict(saved['state_dict'])
-    if learn.average: learn.average.module.load_state_dict(saved['state_dict_ema'])
+    if learn.average:
+        learn.average.module.load_state_dict(saved['state_dict_ema'])
     learn.create_opt()
     learn.opt.opt.load_state_dict(saved['optimizer'])
     learn.precision.scaler.load_state_dict(saved['amp_scaler'])
     state = saved['fdsl']
     learn.first_epoch, learn.first_batch = saved['epoch'] + (not state['batch']), state['batch']
-    learn.steps_done, learn.best, learn.metric, learn.every_step.state = state['steps_done'], state['best'], state['metric'], state['schedule']
+    learn.steps_done, learn.best, learn.metric, learn.every_step.state = (
+        state['steps_done'],
+        state['best'],
+        state['metric'],
+        state['schedule'],
+    )
     learn.row, learn.sums_so_far = state['row'], _own_sums(state['sums'])
     return learn.row
 
+
 def _own_sums(sums):
-    if not sums: return None
-    if len(sums) == len(each([0.])): return sums[rank()]
-    return [sum(s) for s in zip(*sums)] if rank() == 0 else [0., 0.]
+    if not sums:
+        return None
+    if len(sums) == len(each([0.0])):
+        return sums[rank()]
+    return [sum(s) for s in zip(*sums)] if rank() == 0 else [0.0, 0.0]

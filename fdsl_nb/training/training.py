@@ -20,7 +20,20 @@ from ..data.loading import EpochBatches, as_images, eval_loader, hold_out
 from ..data.datasets import is_here, named_dataset, open_dataset
 from .distributed import found_ranks, join, launch, rank, world
 from .evaluate import evaluate
-from ..core.folder import RunFolder, add_epoch, log_event, note_files, refuse_foreign, refuse_other_run, refuse_to_replace, set_aside, set_status, set_stopped, whole_file, write_config
+from fdsl_nb.core.folder import (
+    RunFolder,
+    add_epoch,
+    log_event,
+    note_files,
+    refuse_foreign,
+    refuse_other_run,
+    refuse_to_replace,
+    set_aside,
+    set_status,
+    set_stopped,
+    whole_file,
+    write_config,
+)
 from .learner import fdsl_learner
 from .multilabel import MultiLabelCounter, MultiLabelLoss, evaluate_labels
 from ..models.google import vit_pytorch_dropout
@@ -31,148 +44,282 @@ from .saving import Pause, Records, Recovery, SaveInputs, latest, restore
 from ..core.settings import Resolved
 
 # %% ../../nbs/training/08_training.ipynb #be6f9a80
-RUN = dict(seed=0, folder='', weights='', restart=False, workers=0, processes=1, stage='pretrain',
-    history=0, hold=0, recovery=0, pause=0, export=True, save_inputs=False, wandb_mode='offline', wandb_entity='', wandb_project='fdsl', wandb_group='')
-FREE = tuple(k for k in RUN if k not in ('seed', 'weights', 'stage'))       # may differ when a run is continued
+RUN = dict(
+    seed=0,
+    folder='',
+    weights='',
+    restart=False,
+    workers=0,
+    processes=1,
+    stage='pretrain',
+    history=0,
+    hold=0,
+    recovery=0,
+    pause=0,
+    export=True,
+    save_inputs=False,
+    wandb_mode='offline',
+    wandb_entity='',
+    wandb_project='fdsl',
+    wandb_group='',
+)
+FREE = tuple(
+    k for k in RUN if k not in ('seed', 'weights', 'stage')
+)  # may differ when a run is continued
 
-def read_recipe(config:dict) -> Recipe:
+
+def read_recipe(config: dict) -> Recipe:
     "The recipe inside a configuration, in epochs; lists become tuples again after a trip through JSON."
     values = {f.name: config[f.name] for f in fields(Recipe) if f.name in config}
-    return in_epochs(checked(Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})))
+    return in_epochs(
+        checked(Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
+    )
 
 # %% ../../nbs/training/08_training.ipynb #af6c15c4
-def open_splits(config:dict) -> dict:
+def open_splits(config: dict) -> dict:
     "The data set's splits that exist, by name; `ValueError` if classes differ between them."
     knobs = config.get('knobs') or {}
-    splits = {s: open_dataset(config['dataset'], s, data=config.get('data') or '', **knobs) for s in ('train', 'val', 'test')}
+    splits = {
+        s: open_dataset(config['dataset'], s, data=config.get('data') or '', **knobs)
+        for s in ('train', 'val', 'test')
+    }
     splits = {s: d for s, d in splits.items() if d is not None}
     for s, d in splits.items():
         if d.classes != splits['train'].classes:
             odd = sorted(set(d.classes) ^ set(splits['train'].classes))[0]
-            raise ValueError(f"dataset={config['dataset']!r}: class {odd!r} is not in both train and {s}; the splits must have the same class folders")
-    if config.get('hold_out') and 'val' not in splits: splits['train'], splits['val'] = hold_out(splits['train'], config['hold_out'])
+            raise ValueError(
+                f"dataset={config['dataset']!r}: class {odd!r} is not in both train and {s}; the splits must have the same class folders"
+            )
+    if config.get('hold_out') and 'val' not in splits:
+        splits['train'], splits['val'] = hold_out(splits['train'], config['hold_out'])
     return splits
 
 # %% ../../nbs/training/08_training.ipynb #2e29ed22
-def make_model(config:dict, classes:int):
+def make_model(config: dict, classes: int):
     "The model of a configuration, and what was loaded into it: (model, `LoadReport` or None)."
     r = read_recipe(config)
     drops = dict(drop_path_rate=r.drop_path) | (dict(drop_rate=r.drop) if r.drop else {})
-    model = create_model(r.model, classes, r.image_size, seed=config['seed'], **{k: v for k, v in drops.items() if v}, **r.model_options)
-    loaded = load_weights(model, config['weights'], head=r.head, resize=r.resize) if config['weights'] else None
-    if r.vit_dropout: vit_pytorch_dropout(model, r.vit_dropout)
-    if r.freeze: freeze(model, *r.freeze)
+    model = create_model(
+        r.model,
+        classes,
+        r.image_size,
+        seed=config['seed'],
+        **{k: v for k, v in drops.items() if v},
+        **r.model_options,
+    )
+    loaded = (
+        load_weights(model, config['weights'], head=r.head, resize=r.resize)
+        if config['weights']
+        else None
+    )
+    if r.vit_dropout:
+        vit_pytorch_dropout(model, r.vit_dropout)
+    if r.freeze:
+        freeze(model, *r.freeze)
     return model, loaded
 
 # %% ../../nbs/training/08_training.ipynb #b892b4fe
-LOADS_FILES = ('checkpoint_path', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir')     # of timm's create_model
+LOADS_FILES = (
+    'checkpoint_path',
+    'pretrained',
+    'pretrained_cfg',
+    'pretrained_cfg_overlay',
+    'cache_dir',
+)  # of timm's create_model
+
 
 def _is_plain(value):
-    if isinstance(value, str): return 'pipe:' not in value and '://' not in value
-    if isinstance(value, dict): return all(isinstance(k, str) for k in value) and _is_plain(list(value.values()))
-    return all(map(_is_plain, value)) if isinstance(value, (list, tuple)) else value is None or type(value) in (bool, int, float)
+    if isinstance(value, str):
+        return 'pipe:' not in value and '://' not in value
+    if isinstance(value, dict):
+        return all(isinstance(k, str) for k in value) and _is_plain(list(value.values()))
+    return (
+        all(map(_is_plain, value))
+        if isinstance(value, (list, tuple))
+        else value is None or type(value) in (bool, int, float)
+    )
 
-def _is_plain_model(name): return isinstance(name, str) and ':' not in name
+
+def _is_plain_model(name):
+    return isinstance(name, str) and ':' not in name
+
 
 def checkpoint_settings(
-    weights:str,          # a checkpoint file
-    typed=(),             # names of settings that somebody gave
-) -> dict:                # name → value; empty for checkpoints of other programs
+    weights: str,  # a checkpoint file
+    typed=(),  # names of settings that somebody gave
+) -> dict:  # name → value; empty for checkpoints of other programs
     "The settings that a checkpoint of this kit records; `ValueError` for one that no file may name."
-    found = getattr(read_checkpoint(weights).get('args'), '__dict__', {})      # other programs keep a dict there, or nothing
-    if 'model_options' not in found: return {}
+    found = getattr(
+        read_checkpoint(weights).get('args'), '__dict__', {}
+    )  # other programs keep a dict there, or nothing
+    if 'model_options' not in found:
+        return {}
     place = f'weights={Path(weights).name!r}'
-    plain = dict(model=_is_plain_model, model_options=lambda v: isinstance(v, dict) and _is_plain(v) and not set(v) & set(LOADS_FILES),
-        knobs=lambda v: isinstance(v, dict) and _is_plain(v), data=lambda v: not v or isinstance(v, str) and is_here(v))
+    plain = dict(
+        model=_is_plain_model,
+        model_options=lambda v: (
+            isinstance(v, dict) and _is_plain(v) and not set(v) & set(LOADS_FILES)
+        ),
+        knobs=lambda v: isinstance(v, dict) and _is_plain(v),
+        data=lambda v: not v or isinstance(v, str) and is_here(v),
+    )
     for name, holds in plain.items():
-        if name in found and name not in typed and not holds(found[name]): raise ValueError(f'{place}: {name}={found[name]!r} is no plain setting that a file may bring; give {name} yourself, or do not trust that file')
-    if found.get('dataset') and 'dataset' not in typed: named_dataset(found['dataset'], place)
+        if name in found and name not in typed and not holds(found[name]):
+            raise ValueError(
+                f'{place}: {name}={found[name]!r} is no plain setting that a file may bring; give {name} yourself, or do not trust that file'
+            )
+    if found.get('dataset') and 'dataset' not in typed:
+        named_dataset(found['dataset'], place)
     return found
 
-def architecture_of(weights:str) -> dict:
+
+def architecture_of(weights: str) -> dict:
     "The architecture that a checkpoint of this kit records: model, model_options, image_size; empty for other checkpoints and addresses."
-    if str(weights).startswith(('local-dir:', 'hf-hub:')): return {}
+    if str(weights).startswith(('local-dir:', 'hf-hub:')):
+        return {}
     found = checkpoint_settings(weights, ('dataset', 'data', 'knobs'))
     return {k: found[k] for k in ('model', 'model_options', 'image_size') if k in found}
 
 # %% ../../nbs/training/08_training.ipynb #ccf4e7e2
-def make_loaders(config:dict, splits:dict):
+def make_loaders(config: dict, splits: dict):
     "(training loader, validation loader or empty) of this process."
     r, images = read_recipe(config), as_images(splits['train'])
-    batches = EpochBatches(len(images), r.batch, config['seed'], rank(), world(), r.repeats, r.epoch_images or None)
+    batches = EpochBatches(
+        len(images), r.batch, config['seed'], rank(), world(), r.repeats, r.epoch_images or None
+    )
     choose = 'test' if r.best_by == 'top1_test' else 'val'
-    valid = eval_loader(splits[choose], eval_transform(r), 256, rank(), world(), config['workers']) if choose in splits else ()
+    valid = (
+        eval_loader(splits[choose], eval_transform(r), 256, rank(), world(), config['workers'])
+        if choose in splits
+        else ()
+    )
     return images.train_loader(train_transform(r), batches, config['workers']), valid
 
 # %% ../../nbs/training/08_training.ipynb #779879d2
 class WandbLog(Callback):
     "Logs each epoch's row to wandb, from process 0; `wandb_mode='disabled'` for not at all."
+
     order, run_valid = 70, False
-    def __init__(self, folder:RunFolder, config:dict): self.folder, self.config = folder, config
+
+    def __init__(self, folder: RunFolder, config: dict):
+        self.folder, self.config = folder, config
+
     def before_fit(self):
         c, known = self.config, self.folder.output('wandb-id.txt')
-        if not known.exists(): known.write_text(uuid.uuid4().hex[:8])
-        self.run = wandb.init(mode=c['wandb_mode'], entity=c['wandb_entity'] or None, project=c['wandb_project'],
-            group=c['wandb_group'] or None, dir=self.folder.path, config=c,
-            id=known.read_text(), resume='allow', name=self.folder.path.name, settings=wandb.Settings(silent=True, console='off'))
-    def after_epoch(self): self.run.log(self.learn.row, step=self.learn.epoch)
-    def after_fit(self): self.run.finish()
+        if not known.exists():
+            known.write_text(uuid.uuid4().hex[:8])
+        self.run = wandb.init(
+            mode=c['wandb_mode'],
+            entity=c['wandb_entity'] or None,
+            project=c['wandb_project'],
+            group=c['wandb_group'] or None,
+            dir=self.folder.path,
+            config=c,
+            id=known.read_text(),
+            resume='allow',
+            name=self.folder.path.name,
+            settings=wandb.Settings(silent=True, console='off'),
+        )
+
+    def after_epoch(self):
+        self.run.log(self.learn.row, step=self.learn.epoch)
+
+    def after_fit(self):
+        self.run.finish()
 
 # %% ../../nbs/training/08_training.ipynb #39bb0843
-def many_labels(splits:dict) -> bool: return as_images(splits['train']).multilabel
+def many_labels(splits: dict) -> bool:
+    return as_images(splits['train']).multilabel
 
-def judges(splits:dict, r:Recipe) -> dict:
+
+def judges(splits: dict, r: Recipe) -> dict:
     "The loss and the counter that the data set asks for; none where the recipe's are right. `ValueError` where they are not."
-    if not many_labels(splits): return {}
-    if r.loss != 'bce': raise ValueError(f'loss={r.loss!r}, but the images have several labels each; set loss=bce')
-    return dict(loss=MultiLabelLoss(r.smoothing), counter=partial(MultiLabelCounter, len(splits['train'].classes)))
+    if not many_labels(splits):
+        return {}
+    if r.loss != 'bce':
+        raise ValueError(f'loss={r.loss!r}, but the images have several labels each; set loss=bce')
+    return dict(
+        loss=MultiLabelLoss(r.smoothing),
+        counter=partial(MultiLabelCounter, len(splits['train'].classes)),
+    )
 
 # %% ../../nbs/training/08_training.ipynb #9e9bca99
-def make_callbacks(config:dict, folder:RunFolder) -> list:
+def make_callbacks(config: dict, folder: RunFolder) -> list:
     "The callbacks that keep a run's records."
     c = config
     cbs = [Records(folder, c, c['history'], c['hold'])]
-    if c['recovery']: cbs.append(Recovery(folder, c, c['recovery']))
-    if c['pause']: cbs.append(Pause(c['pause']))
-    if c['save_inputs']: cbs.append(SaveInputs(folder, read_recipe(c)))
-    if rank() == 0 and c['wandb_mode'] != 'disabled': cbs.append(WandbLog(folder, c))
+    if c['recovery']:
+        cbs.append(Recovery(folder, c, c['recovery']))
+    if c['pause']:
+        cbs.append(Pause(c['pause']))
+    if c['save_inputs']:
+        cbs.append(SaveInputs(folder, read_recipe(c)))
+    if rank() == 0 and c['wandb_mode'] != 'disabled':
+        cbs.append(WandbLog(folder, c))
     return cbs
 
 # %% ../../nbs/training/08_training.ipynb #5301a3b1
 def train(
-    config:dict,          # fields of a `Recipe` and of `RUN`, plain data
-) -> dict:                # epochs, train_loss, seconds, paused; with something to measure on: correct, images, top1, top5, confusion, …
+    config: dict,  # fields of a `Recipe` and of `RUN`, plain data
+) -> dict:  # epochs, train_loss, seconds, paused; with something to measure on: correct, images, top1, top5, confusion, …
     "Trains by a configuration in `config['folder']`, continuing if it holds a checkpoint; every process of a run calls it."
     started, config = time.time(), RUN | config
     with join() as device:
         r, folder, splits = read_recipe(config), RunFolder(config['folder']), open_splits(config)
         classes = len(splits['train'].classes)
         model, loaded = make_model(config, classes)
-        learn = fdsl_learner(model, r, *make_loaders(config, splits), classes, config['seed'], device, **judges(splits, r), cbs=make_callbacks(config, folder))
-        if rank() == 0: log_event(folder, 'start', processes=world(), device=str(device), weights=str(loaded or ''))
+        learn = fdsl_learner(
+            model,
+            r,
+            *make_loaders(config, splits),
+            classes,
+            config['seed'],
+            device,
+            **judges(splits, r),
+            cbs=make_callbacks(config, folder),
+        )
+        if rank() == 0:
+            log_event(
+                folder, 'start', processes=world(), device=str(device), weights=str(loaded or '')
+            )
         go_on(learn, folder)
         learn.fit(r.epochs)
-        done = dict(epochs=learn.row['epoch'] + 1, train_loss=learn.row['train_loss'], paused=learn.paused)
+        done = dict(
+            epochs=learn.row['epoch'] + 1, train_loss=learn.row['train_loss'], paused=learn.paused
+        )
         found = {} if learn.paused else finish(learn, config, splits, device)
         return found | done | dict(seconds=round(time.time() - started, 1))
 
 # %% ../../nbs/training/08_training.ipynb #ad4fe394
-def go_on(learn, folder:RunFolder):
+def go_on(learn, folder: RunFolder):
     "Continues from the folder's latest checkpoint, if it has one, and mends a summary that a kill left one row short."
     path = latest(folder)
-    if path is None: return
+    if path is None:
+        return
     row = restore(learn, path)
-    if rank(): return
-    if row: add_epoch(folder, row)
-    print(f'continuing after epoch {learn.first_epoch}' + (f', step {learn.first_batch}' if learn.first_batch else ''), flush=True)
+    if rank():
+        return
+    if row:
+        add_epoch(folder, row)
+    print(
+        f'continuing after epoch {learn.first_epoch}'
+        + (f', step {learn.first_batch}' if learn.first_batch else ''),
+        flush=True,
+    )
 
 # %% ../../nbs/training/08_training.ipynb #2561f137
-def chosen_model(learn, folder:RunFolder):
+def chosen_model(learn, folder: RunFolder):
     "The network with the weights that the recipe chooses: averaged or not, of the best epoch or the last."
-    model, best = learn.average.module if learn.average else unwrap_model(learn.model), folder.file('model_best.pth.tar')
+    model, best = (
+        learn.average.module if learn.average else unwrap_model(learn.model),
+        folder.file('model_best.pth.tar'),
+    )
     if learn.recipe.best_by != 'last' and best.exists():
-        model.load_state_dict(read_checkpoint(best)['state_dict_ema' if learn.average else 'state_dict'])
+        model.load_state_dict(
+            read_checkpoint(best)['state_dict_ema' if learn.average else 'state_dict']
+        )
     return model
+
 
 def finish(learn, config, splits, device) -> dict:
     "Measures and exports the chosen network; the counts on the test split, else the validation split, empty without either."
@@ -180,41 +327,84 @@ def finish(learn, config, splits, device) -> dict:
     model = chosen_model(learn, folder)
     if config['export'] and rank() == 0:
         note_files(folder, EXPORTED)
-        export_model(folder.file('model'), model, description=f"Trained on {config['dataset']} by `{r.name or 'own settings'}` ({r.paper or 'no paper'}).",
-            data_config=dict(mean=r.mean, std=r.std, interpolation=r.interpolation, crop_pct=r.crop, crop_mode=r.crop_mode))
+        export_model(
+            folder.file('model'),
+            model,
+            description=f"Trained on {config['dataset']} by `{r.name or 'own settings'}` ({r.paper or 'no paper'}).",
+            data_config=dict(
+                mean=r.mean,
+                std=r.std,
+                interpolation=r.interpolation,
+                crop_pct=r.crop,
+                crop_mode=r.crop_mode,
+            ),
+        )
     split = next((s for s in ('test', 'val') if s in splits), None)
-    if split is None: return {}
-    loader, classes = eval_loader(splits[split], eval_transform(r), 256, rank(), world(), config['workers']), splits[split].classes
-    if many_labels(splits): return dict(split=split, **evaluate_labels(model, loader, len(classes), device, average_precision=True).figures())
+    if split is None:
+        return {}
+    loader, classes = (
+        eval_loader(splits[split], eval_transform(r), 256, rank(), world(), config['workers']),
+        splits[split].classes,
+    )
+    if many_labels(splits):
+        return dict(
+            split=split,
+            **evaluate_labels(
+                model, loader, len(classes), device, average_precision=True
+            ).figures(),
+        )
     e = evaluate(model, loader, len(classes), device)
-    return dict(split=split, correct=e.correct, within_five=e.within_five, confusion=e.confusion.tolist(), classes=classes, **e.figures())
+    return dict(
+        split=split,
+        correct=e.correct,
+        within_five=e.within_five,
+        confusion=e.confusion.tolist(),
+        classes=classes,
+        **e.figures(),
+    )
 
 # %% ../../nbs/training/08_training.ipynb #87791263
 def run_training(
-    config:dict,          # name → `Resolved`; see `resolve` and `RUN`
-) -> dict:                # of `train`
+    config: dict,  # name → `Resolved`; see `resolve` and `RUN`
+) -> dict:  # of `train`
     "Runs `train` on as many processes as the configuration says, records status and result, and continues what was interrupted."
     values = RUN | {k: v.value for k, v in config.items()}
     folder, ranks = RunFolder(values['folder']), found_ranks()
-    if ranks and ranks['rank']:      # a rank that a cluster's launcher made: process 0 keeps the records
-        try: return read_result(folder) if folder.state == 'done' and not values['restart'] else train(values)
-        except BaseException as e: record_failure(folder, e); raise
+    if (
+        ranks and ranks['rank']
+    ):  # a rank that a cluster's launcher made: process 0 keeps the records
+        try:
+            return (
+                read_result(folder)
+                if folder.state == 'done' and not values['restart']
+                else train(values)
+            )
+        except BaseException as e:
+            record_failure(folder, e)
+            raise
     reads = [values[k] for k in ('weights', 'dataset', 'data') if values.get(k)]
-    if values['restart']: set_aside(folder, reads)
+    if values['restart']:
+        set_aside(folder, reads)
     refuse_other_run(folder, values, FREE, _may_replace(folder, reads))
     refuse_foreign(folder, RECORDS)
-    if folder.state == 'done': return read_result(folder)
+    if folder.state == 'done':
+        return read_result(folder)
     return recorded(folder, config, values)
 
 # %% ../../nbs/training/08_training.ipynb #77590896
 def _may_replace(folder, reads):
-    try: refuse_to_replace(folder, reads)
-    except ValueError: return False
+    try:
+        refuse_to_replace(folder, reads)
+    except ValueError:
+        return False
     return True
 
-def read_result(folder:RunFolder) -> dict: return json.loads(folder.file('result.json').read_text())
 
-def recorded(folder:RunFolder, config:dict, values:dict) -> dict:
+def read_result(folder: RunFolder) -> dict:
+    return json.loads(folder.file('result.json').read_text())
+
+
+def recorded(folder: RunFolder, config: dict, values: dict) -> dict:
     "Launches `train`, keeping `config.json`, `status.json` and `result.json` true; a paused run has no result yet."
     try:
         write_config(folder, config)
@@ -223,7 +413,8 @@ def recorded(folder:RunFolder, config:dict, values:dict) -> dict:
         if result['paused']:
             set_status(folder, 'paused', epoch=result['epochs'])
             return result
-        with whole_file(folder.output('result.json'), 'w') as f: json.dump(result, f)
+        with whole_file(folder.output('result.json'), 'w') as f:
+            json.dump(result, f)
         set_status(folder, 'done')
         return result
     except BaseException as e:
@@ -231,13 +422,29 @@ def recorded(folder:RunFolder, config:dict, values:dict) -> dict:
         raise
 
 # %% ../../nbs/training/08_training.ipynb #8436281c
-def record_failure(folder:RunFolder, e:BaseException):
+def record_failure(folder: RunFolder, e: BaseException):
     "Records why the run failed, unless another rank that a launcher made has done so before."
     ranks = found_ranks()
-    if ranks and folder.status.get('state') in ('failed', 'interrupted'): return       # as written: where process 0 was killed, nobody wrote
+    if ranks and folder.status.get('state') in ('failed', 'interrupted'):
+        return  # as written: where process 0 was killed, nobody wrote
     set_stopped(folder, e, f"process {ranks['rank']} of {ranks['world']}: " if ranks else '')
 
 # %% ../../nbs/training/08_training.ipynb #eac23cb4
-EXPORTED = ('model/model.safetensors', 'model/pytorch_model.bin', 'model/config.json', 'model/README.md')
-RECORDS = ('wandb-id.txt', 'status.json', 'config.json', 'environment.txt', 'summary.csv', 'log.jsonl', 'result.json', 'inputs.png', '*.pth.tar',
-    *EXPORTED)
+EXPORTED = (
+    'model/model.safetensors',
+    'model/pytorch_model.bin',
+    'model/config.json',
+    'model/README.md',
+)
+RECORDS = (
+    'wandb-id.txt',
+    'status.json',
+    'config.json',
+    'environment.txt',
+    'summary.csv',
+    'log.jsonl',
+    'result.json',
+    'inputs.png',
+    '*.pth.tar',
+    *EXPORTED,
+)

@@ -22,7 +22,17 @@ from ..data.loading import as_images, eval_loader
 from ..data.datasets import open_dataset
 from .distributed import found_ranks, join, launch, rank, total, world
 from .evaluate import Answers, ask, per_class, published_top1, real_top1
-from ..core.folder import RunFolder, read_config, refuse_foreign, refuse_other_run, set_aside, set_status, set_stopped, whole_file, write_config
+from fdsl_nb.core.folder import (
+    RunFolder,
+    read_config,
+    refuse_foreign,
+    refuse_other_run,
+    set_aside,
+    set_status,
+    set_stopped,
+    whole_file,
+    write_config,
+)
 from ..models.models import create_model, current_name
 from .multilabel import evaluate_labels
 from .plan import Recipe
@@ -30,13 +40,38 @@ from ..core.settings import Resolved, did_you_mean
 from .training import checkpoint_settings, open_splits, read_recipe, read_result
 
 # %% ../../nbs/training/09_validation.ipynb #4e6a1a25
-TRAINING_ONLY = ('scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'auto_augment', 'erasing', 'erasing_mode', 'erasing_count', 'aug_splits')
+TRAINING_ONLY = (
+    'scale',
+    'ratio',
+    'hflip',
+    'vflip',
+    'color_jitter',
+    'auto_augment',
+    'erasing',
+    'erasing_mode',
+    'erasing_count',
+    'aug_splits',
+)
 PREPARED = tuple(f.name for f in fields(Augmentation) if f.name not in TRAINING_ONLY)
-EXAMINED = dict(dataset='', data='', hold_out=0.0, knobs={}, split='', labels='dataset', metric='exact', model='', model_options={}, ema=False, batch=256, precision='float32')
+EXAMINED = dict(
+    dataset='',
+    data='',
+    hold_out=0.0,
+    knobs={},
+    split='',
+    labels='dataset',
+    metric='exact',
+    model='',
+    model_options={},
+    ema=False,
+    batch=256,
+    precision='float32',
+)
+
 
 def brought(
-    weights:str,          # file or address
-    typed=(),             # what somebody named, so that the checkpoint need not
+    weights: str,  # file or address
+    typed=(),  # what somebody named, so that the checkpoint need not
 ) -> dict:
     "What a checkpoint says of itself, field of a `Recipe` → value: everything, how images are prepared, or nothing; `ValueError` for what no file may name."
     if weights.startswith(('local-dir:', 'hf-hub:')):
@@ -44,41 +79,72 @@ def brought(
         found = data | dict(model=weights, image_size=data['input_size'][-1], crop=data['crop_pct'])
     else:
         found = checkpoint_settings(weights, typed)
-        if not found: return {}
-    return {k: found[k] for k in ('model', 'model_options', 'dataset', 'data', 'hold_out', 'knobs', *PREPARED) if k in found}
+        if not found:
+            return {}
+    return {
+        k: found[k]
+        for k in ('model', 'model_options', 'dataset', 'data', 'hold_out', 'knobs', *PREPARED)
+        if k in found
+    }
 
 # %% ../../nbs/training/09_validation.ipynb #ab6085f4
-def weights_hash(weights:str) -> str:
+def weights_hash(weights: str) -> str:
     "The first 16 digits of the SHA-256 of a checkpoint, or of an exported model's weights; '' for the hub."
     source, _, where = weights.partition(':')
-    if source == 'hf-hub': return ''
-    found = [p for p in sorted(Path(where).glob('*')) if p.suffix in ('.safetensors', '.bin')] if source == 'local-dir' else [Path(weights)]
+    if source == 'hf-hub':
+        return ''
+    found = (
+        [p for p in sorted(Path(where).glob('*')) if p.suffix in ('.safetensors', '.bin')]
+        if source == 'local-dir'
+        else [Path(weights)]
+    )
     digest = hashlib.sha256()
     for path in found:
         with open(path, 'rb') as f:
-            while block := f.read(2**20): digest.update(block)
+            while block := f.read(2**20):
+                digest.update(block)
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/training/09_validation.ipynb #4c5b2c0c
-CHOICES = dict(labels=('dataset', 'real'), metric=('exact', 'published'), precision=('float32', 'bfloat16', 'float16'), split=('', 'train', 'val', 'test'))
+CHOICES = dict(
+    labels=('dataset', 'real'),
+    metric=('exact', 'published'),
+    precision=('float32', 'bfloat16', 'float16'),
+    split=('', 'train', 'val', 'test'),
+)
+
 
 def examination(
-    given:dict,           # weights, and any of `EXAMINED` and `transform`
-) -> dict:                # name → `Resolved`
+    given: dict,  # weights, and any of `EXAMINED` and `transform`
+) -> dict:  # name → `Resolved`
     "Everything that decides the answers, each with its source; `ValueError` says what is missing or not known."
     weights, transform = given.get('weights'), given.get('transform') or {}
-    if not weights: raise ValueError('weights=None: name the checkpoint to examine, for example -p weights runs/digits/last.pth.tar')
+    if not weights:
+        raise ValueError(
+            'weights=None: name the checkpoint to examine, for example -p weights runs/digits/last.pth.tar'
+        )
     for k in transform:
-        if k not in PREPARED: raise ValueError(f'transform={k!r} is not known' + did_you_mean(k, PREPARED))
+        if k not in PREPARED:
+            raise ValueError(f'transform={k!r} is not known' + did_you_mean(k, PREPARED))
     taken = {k: v for k, v in given.items() if k in (*EXAMINED, *PREPARED)} | transform
     own = brought(weights, taken)
-    if taken.get('dataset', own.get('dataset')) != own.get('dataset'): own = {k: v for k, v in own.items() if k not in ('knobs', 'data', 'hold_out')}
-    elif taken.get('knobs'): taken['knobs'] = own.get('knobs', {}) | taken['knobs']
-    if taken.get('model', own.get('model')) != own.get('model'): own.pop('model_options', None)
-    values = {k: Resolved(v, 'default') for k, v in (EXAMINED | _prepared_by_default(taken, own)).items()}
-    values |= {k: Resolved(v, 'checkpoint') for k, v in own.items()} | {k: Resolved(v, 'parameter') for k, v in taken.items()}
+    if taken.get('dataset', own.get('dataset')) != own.get('dataset'):
+        own = {k: v for k, v in own.items() if k not in ('knobs', 'data', 'hold_out')}
+    elif taken.get('knobs'):
+        taken['knobs'] = own.get('knobs', {}) | taken['knobs']
+    if taken.get('model', own.get('model')) != own.get('model'):
+        own.pop('model_options', None)
+    values = {
+        k: Resolved(v, 'default') for k, v in (EXAMINED | _prepared_by_default(taken, own)).items()
+    }
+    values |= {k: Resolved(v, 'checkpoint') for k, v in own.items()} | {
+        k: Resolved(v, 'parameter') for k, v in taken.items()
+    }
     _check_choices(values, weights)
-    return values | dict(weights=Resolved(weights, 'parameter'), weights_hash=Resolved(weights_hash(weights), 'checkpoint'))
+    return values | dict(
+        weights=Resolved(weights, 'parameter'),
+        weights_hash=Resolved(weights_hash(weights), 'checkpoint'),
+    )
 
 # %% ../../nbs/training/09_validation.ipynb #c974de9b
 def _prepared_by_default(taken, own):
@@ -87,22 +153,36 @@ def _prepared_by_default(taken, own):
         values['image_size'] = get_pretrained_cfg(current_name(taken['model'])).input_size[-1]
     return values
 
+
 def _check_choices(values, weights):
     for k, known in CHOICES.items():
-        if values[k].value not in known: raise ValueError(f'{k}={values[k].value!r} is not known' + did_you_mean(values[k].value, known))
-    if values['batch'].value < 1: raise ValueError(f'batch={values["batch"].value}: at least one image is needed; write 256')
+        if values[k].value not in known:
+            raise ValueError(
+                f'{k}={values[k].value!r} is not known' + did_you_mean(values[k].value, known)
+            )
+    if values['batch'].value < 1:
+        raise ValueError(f'batch={values["batch"].value}: at least one image is needed; write 256')
     for k, example in dict(model='deit_tiny_patch16_224', dataset='digits').items():
-        if not values[k].value: raise ValueError(f'weights={weights!r} does not say its {k}; name it, for example -p {k} {example}')
+        if not values[k].value:
+            raise ValueError(
+                f'weights={weights!r} does not say its {k}; name it, for example -p {k} {example}'
+            )
 
 # %% ../../nbs/training/09_validation.ipynb #3e4f3ed3
-def open_examined(config:dict) -> tuple: # (name of the split, data set)
+def open_examined(config: dict) -> tuple:  # (name of the split, data set)
     "The split to ask about; `ValueError` where it does not exist."
     name, knobs, asked = config['dataset'], config.get('knobs') or {}, config.get('split')
     for split in (asked,) if asked else ('test', 'val', 'train'):
-        if config.get('hold_out') and split != 'test': data = open_splits(config).get(split)
-        else: data = open_dataset(name, split, data=config.get('data') or '', **knobs)
-        if data is not None: return split, data
-    raise ValueError(f'dataset={name!r} has no split {asked!r}; leave split out to take the one it has')
+        if config.get('hold_out') and split != 'test':
+            data = open_splits(config).get(split)
+        else:
+            data = open_dataset(name, split, data=config.get('data') or '', **knobs)
+        if data is not None:
+            return split, data
+    raise ValueError(
+        f'dataset={name!r} has no split {asked!r}; leave split out to take the one it has'
+    )
+
 
 def picture_names(data) -> list:
     "The file name of each image; `ValueError` for a data set that has none."
@@ -110,77 +190,145 @@ def picture_names(data) -> list:
     return [images.name(i) for i in range(len(images))]
 
 # %% ../../nbs/training/09_validation.ipynb #2fda60b7
-def load_examined(config:dict, classes:int) -> tuple: # (model, `LoadReport`)
+def load_examined(config: dict, classes: int) -> tuple:  # (model, `LoadReport`)
     "The model with its own head; `CheckpointError` if the checkpoint has no head for so many classes."
     r, weights = read_recipe(config), config['weights']
-    model = create_model(r.model, classes, None if ':' in r.model else r.image_size, seed=0, **r.model_options)
+    model = create_model(
+        r.model, classes, None if ':' in r.model else r.image_size, seed=0, **r.model_options
+    )
     report = load_weights(model, weights, ema=config['ema'])
     if not report.head.startswith('kept'):
         found, _, wanted = report.head.partition(', ')
-        name, remedy = Path(weights).name, 'fine-tune it first: nbs/finetune.ipynb' if found.startswith('none') else 'examine it on the data set it was trained for'
-        raise CheckpointError(f'weights={name!r} has no head for dataset={config["dataset"]!r}: classes: {found}, {classes} in the data; {remedy}')
+        name, remedy = (
+            Path(weights).name,
+            'fine-tune it first: nbs/finetune.ipynb'
+            if found.startswith('none')
+            else 'examine it on the data set it was trained for',
+        )
+        raise CheckpointError(
+            f'weights={name!r} has no head for dataset={config["dataset"]!r}: classes: {found}, {classes} in the data; {remedy}'
+        )
     return model, report
 
 # %% ../../nbs/training/09_validation.ipynb #eacb364e
 def validate(
-    config:dict,          # values of `examination`, with folder and workers; plain data
-) -> dict:                # split, images, correct, top1, top5, loss, …; with labels=real: real_correct, real_images, real_top1
+    config: dict,  # values of `examination`, with folder and workers; plain data
+) -> dict:  # split, images, correct, top1, top5, loss, …; with labels=real: real_correct, real_images, real_top1
     "Asks a checkpoint about every image of a split; every process of a run calls it."
     started = time.time()
     with join() as device:
         split, data = open_examined(config)
-        model, report = load_examined(config, len(data.classes) if config['labels'] == 'dataset' else 1000)
-        loader, dtype = eval_loader(data, eval_transform(read_recipe(config)), config['batch'], rank(), world(), config['workers']), getattr(torch, config['precision'])
-        context = nullcontext if dtype == torch.float32 else lambda: torch.autocast(device.type, dtype)
+        model, report = load_examined(
+            config, len(data.classes) if config['labels'] == 'dataset' else 1000
+        )
+        loader, dtype = (
+            eval_loader(
+                data,
+                eval_transform(read_recipe(config)),
+                config['batch'],
+                rank(),
+                world(),
+                config['workers'],
+            ),
+            getattr(torch, config['precision']),
+        )
+        context = (
+            nullcontext if dtype == torch.float32 else lambda: torch.autocast(device.type, dtype)
+        )
         examine = _many_labels if as_images(data).multilabel else _one_label
         found = examine(config, data, model.to(device), loader, device, context)
-        total(torch.zeros(1, device=device))       # nobody leaves before the files are there
-        return dict(split=split, images=len(data), classes=data.classes, weights=str(report)) | found | dict(seconds=round(time.time() - started, 1))
+        total(torch.zeros(1, device=device))  # nobody leaves before the files are there
+        return (
+            dict(split=split, images=len(data), classes=data.classes, weights=str(report))
+            | found
+            | dict(seconds=round(time.time() - started, 1))
+        )
 
 # %% ../../nbs/training/09_validation.ipynb #e07aada8
 def _one_label(config, data, model, loader, device, context):
     known = config['labels'] == 'dataset' or data.classes == ImageNetInfo().label_names()
     a = ask(model, loader, len(data), model.num_classes, device, context)
-    if rank() == 0: write_answers(RunFolder(config['folder']), a, data.classes if known else None)
-    return (counted(a, config) if known else {}) | (_real(a, data) if config['labels'] == 'real' else {})
+    if rank() == 0:
+        write_answers(RunFolder(config['folder']), a, data.classes if known else None)
+    return (counted(a, config) if known else {}) | (
+        _real(a, data) if config['labels'] == 'real' else {}
+    )
+
 
 def _many_labels(config, data, model, loader, device, context):
     for k in ('labels', 'metric'):
-        if config[k] != EXAMINED[k]: raise ValueError(f'{k}={config[k]!r} is for images with one label, and those of dataset={config["dataset"]!r} have several; leave it out')
-    with context(): return evaluate_labels(model, loader, len(data.classes), device, average_precision=True).figures()
+        if config[k] != EXAMINED[k]:
+            raise ValueError(
+                f'{k}={config[k]!r} is for images with one label, and those of dataset={config["dataset"]!r} have several; leave it out'
+            )
+    with context():
+        return evaluate_labels(
+            model, loader, len(data.classes), device, average_precision=True
+        ).figures()
 
 # %% ../../nbs/training/09_validation.ipynb #2076ac54
-def counted(a:Answers, config:dict) -> dict:
+def counted(a: Answers, config: dict) -> dict:
     "The figures read off answers: whole numbers, percentages, the loss and, with metric=published, the mean over batches."
     n = len(a.labels)
-    found = dict(correct=a.correct, within_five=a.within_five, top1=100 * a.correct / n, top5=100 * a.within_five / n, loss=float(a.losses.mean()))
-    return found | (dict(published_top1=published_top1(a, config['batch'], world())) if config['metric'] == 'published' else {})
+    found = dict(
+        correct=a.correct,
+        within_five=a.within_five,
+        top1=100 * a.correct / n,
+        top5=100 * a.within_five / n,
+        loss=float(a.losses.mean()),
+    )
+    return found | (
+        dict(published_top1=published_top1(a, config['batch'], world()))
+        if config['metric'] == 'published'
+        else {}
+    )
+
 
 def _real(a, data):
     right, scored = real_top1(a, picture_names(data))
-    if not scored: raise ValueError('labels=real: no image has a ReaL label; give the validation images of ImageNet')
+    if not scored:
+        raise ValueError(
+            'labels=real: no image has a ReaL label; give the validation images of ImageNet'
+        )
     return dict(real_correct=right, real_images=scored, real_top1=100 * right / scored)
 
-def write_answers(folder:RunFolder, a:Answers, classes:list=None):
+
+def write_answers(folder: RunFolder, a: Answers, classes: list = None):
     "Writes `answers.npz`, and `classes.csv` where the classes are those that were answered."
     folder.path.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder.output('answers.npz')) as f: np.savez_compressed(f, best=a.best, labels=a.labels, losses=a.losses)
+    with whole_file(folder.output('answers.npz')) as f:
+        np.savez_compressed(f, best=a.best, labels=a.labels, losses=a.losses)
     if classes:
-        with whole_file(folder.output('classes.csv'), 'w') as f: per_class(a, classes).to_csv(f)
+        with whole_file(folder.output('classes.csv'), 'w') as f:
+            per_class(a, classes).to_csv(f)
 
 # %% ../../nbs/training/09_validation.ipynb #5deceb76
-LEFT = ('status.json', 'config.json', 'environment.txt', 'result.json', 'answers.npz', 'classes.csv')
-FREE = ('folder', 'workers', 'restart')       # may differ when the same is asked again
+LEFT = (
+    'status.json',
+    'config.json',
+    'environment.txt',
+    'result.json',
+    'answers.npz',
+    'classes.csv',
+)
+FREE = ('folder', 'workers', 'restart')  # may differ when the same is asked again
+
 
 def run_validation(
-    config:dict,          # name → `Resolved`: `examination`, and stage, folder, processes, workers, restart
-) -> dict:                # of `validate`
+    config: dict,  # name → `Resolved`: `examination`, and stage, folder, processes, workers, restart
+) -> dict:  # of `validate`
     "Runs `validate` on as many processes as the configuration says, and records configuration, status and result."
     values, ranks = {k: v.value for k, v in config.items()}, found_ranks()
     folder = RunFolder(values['folder'])
-    if ranks and ranks['rank']: return read_result(folder) if folder.state == 'done' and not values['restart'] else validate(values)
+    if ranks and ranks['rank']:
+        return (
+            read_result(folder)
+            if folder.state == 'done' and not values['restart']
+            else validate(values)
+        )
     own = read_config(folder).get('stage', 'evaluate') == 'evaluate'
-    if values['restart'] and own: set_aside(folder, [values['weights']])
+    if values['restart'] and own:
+        set_aside(folder, [values['weights']])
     refuse_other_run(folder, values, FREE, replaceable=own)
     refuse_foreign(folder, LEFT)
     return read_result(folder) if folder.state == 'done' else _recorded(folder, config, values)
@@ -191,18 +339,24 @@ def _recorded(folder, config, values):
         write_config(folder, config)
         set_status(folder, 'running')
         result = launch('fdsl_nb.training.validation:validate', values, values['processes'])
-        with whole_file(folder.output('result.json'), 'w') as f: json.dump(result, f)
+        with whole_file(folder.output('result.json'), 'w') as f:
+            json.dump(result, f)
         set_status(folder, 'done')
         return result
     except BaseException as e:
         set_stopped(folder, e)
         raise
 
-def read_answers(folder:RunFolder) -> Answers:
+
+def read_answers(folder: RunFolder) -> Answers:
     "The answers that an examination left; `ValueError` if the file is damaged, `FileNotFoundError` if there is none."
     path = folder.file('answers.npz')
-    if not path.is_file(): raise FileNotFoundError(f'{path} is not there; run evaluate.ipynb in that folder first')
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is not there; run evaluate.ipynb in that folder first')
     try:
-        with np.load(path, allow_pickle=False) as f: return Answers(f['best'], f['labels'], f['losses'])
-    except Exception as e:          # zip, zlib and NumPy have one each
-        raise ValueError(f'{path} is damaged ({type(e).__name__}: {e}); evaluate again with restart=True') from None
+        with np.load(path, allow_pickle=False) as f:
+            return Answers(f['best'], f['labels'], f['losses'])
+    except Exception as e:  # zip, zlib and NumPy have one each
+        raise ValueError(
+            f'{path} is damaged ({type(e).__name__}: {e}); evaluate again with restart=True'
+        ) from None
