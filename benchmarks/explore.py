@@ -1,9 +1,11 @@
-"""From a moved slider to the new bytes in the image widget, for each family, beside drawing with matplotlib, measured in the same run.
+"""From a moved slider to the new bytes in the image widget, compared with drawing by matplotlib.
 
     python benchmarks/explore.py [names] [--size N] [--moves N]
 
-Prints milliseconds, the median and the slowest of the moves, of: a knob of the family; the instance; a class seen before; a class never seen, which the fractals
-search for; the same knob with the contact sheet below brought up to date too; and the median of the same picture drawn by matplotlib instead.
+For each family it prints milliseconds, the median and the slowest of the moves, of: a knob of the
+family; the instance; a class seen before; a new class, which the fractals search for; the same knob
+with the contact sheet below updated too; and the same picture drawn by matplotlib instead. All is
+measured in the same run.
 """
 
 import argparse, io, statistics, time
@@ -25,16 +27,22 @@ KNOBS = dict(
 
 
 def moved(control, values, picture, whole=False):
-    "Milliseconds of each move: until the widget holds new bytes, or (`whole`) until all that hangs on it is done."
+    "Milliseconds of each move until the widget holds new bytes, or (`whole`) all is updated."
     arrived, took = [], []
-    picture.observe(lambda change: arrived.append(time.perf_counter()), 'value')
+
+    def arrive(change):
+        arrived.append(time.perf_counter())
+
+    picture.observe(arrive, 'value')
     for value in values:
         arrived.clear()
         start = time.perf_counter()
         control.value = value
         end = time.perf_counter()
         # a move that leaves the very same picture sends no bytes; then its whole time counts
-        took.append(1000 * ((end if whole or not arrived else arrived[0]) - start))
+        if arrived and not whole:
+            end = arrived[0]
+        took.append(1000 * (end - start))
     picture.unobserve_all('value')
     return took
 
@@ -67,12 +75,9 @@ def measure(name, size, moves):
     moved(slider, values[:1], explorer.picture)  # compiles
     knob = moved(slider, values, explorer.picture)
     explorer.take(name, size=size)
-    instance = moved(
-        explorer.instance,
-        [1 + i for i in range(min(moves, explorer.instance.max))],
-        explorer.picture,
-    )
-    # classes of its own: families share searches, and what one has found the next would not search
+    instances = range(1, 1 + min(moves, explorer.instance.max))
+    instance = moved(explorer.instance, instances, explorer.picture)
+    # classes of its own: families share searches, and what one has found the next does not search
     first = 100 * (1 + list(KNOBS).index(name))
     fresh = moved(explorer.cls, range(first, first + moves), explorer.picture)
     known = moved(explorer.cls, range(first + moves - 2, first - 1, -1), explorer.picture)
@@ -97,16 +102,14 @@ def main():
     print(f'{"ms, median / slowest":22}' + ''.join(f'{head:>16}' for head in heads))
     for name in args.names or KNOBS:
         row = measure(name, args.size, args.moves)
-        cells = [
-            f'{statistics.median(took):.1f} / {max(took):.1f}' if took else '–' for took in row
-        ]
-        slow = sum(t > LIMIT for took in row[:4] for t in took)
-        print(
-            f'{name:22}'
-            + ''.join(f'{cell:>16}' for cell in cells)
-            + f'   {slow} of {sum(map(len, row[:4]))} above {LIMIT} ms',
-            flush=True,
-        )
+        cells = ''.join(f'{summary(took):>16}' for took in row)
+        moves = [t for took in row[:4] for t in took]
+        slow = sum(t > LIMIT for t in moves)
+        print(f'{name:22}{cells}   {slow} of {len(moves)} above {LIMIT} ms', flush=True)
+
+
+def summary(took):
+    return f'{statistics.median(took):.1f} / {max(took):.1f}' if took else '–'
 
 
 if __name__ == '__main__':

@@ -1,9 +1,11 @@
-"""How fast training is fed: from a folder as published (RGB PNG as Pillow saves it), from a build, or drawn online, measured in turn in the same run, on one core.
+"""How fast training is fed: from a folder as published, from a build, or drawn online, on one core.
 
     python benchmarks/loading.py [name] [--images N] [--size N] [--rounds N]
 
-Prints images/s and batches/s (64 images) with the published augmentation, and without any, each source once a round; the best of the rounds counts, and the ratio to the first.
-Files come from the page cache, where they are after the first round: a disk can only be slower.
+Prints images/s and batches/s (64 images) with the published augmentation, and without any. The
+published folder holds RGB PNG as Pillow saves it. Each source is read once a round, in turn; the
+best of the rounds counts, and its ratio to the published folder. Files come from the page cache,
+where they are after the first round: a disk can only be slower.
 """
 
 import argparse, itertools, tempfile, time
@@ -29,10 +31,9 @@ def quiet(*_):
 def save_as_published(f, root):
     "The images as the published scripts leave them: three channels, Pillow's own settings."
     for c, k in itertools.product(range(f.classes), range(f.instances)):
-        (root / 'train' / f'{c:05d}').mkdir(parents=True, exist_ok=True)
-        Image.fromarray(f.render(c, k)).convert('RGB').save(
-            root / 'train' / f'{c:05d}' / f'{c:05d}_{k:04d}.png'
-        )
+        folder = root / 'train' / f'{c:05d}'
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(f.render(c, k)).convert('RGB').save(folder / f'{c:05d}_{k:04d}.png')
 
 
 def rate(loader):
@@ -41,6 +42,34 @@ def rate(loader):
     for images, _ in loader:
         seen += len(images)
     return seen / (time.perf_counter() - start)
+
+
+BUILT = {
+    'folder': {'layout': 'plain'},
+    'shards, PNG': {'layout': 'shards', 'shard_images': 200},
+    'shards, zstd': {'layout': 'shards', 'shard_images': 200, 'format': 'zstd'},
+}
+
+
+def write_all(f, root):
+    for name, arrangement in BUILT.items():
+        build(f, Path(root) / name, workers=0, progress=quiet, **arrangement)
+    save_as_published(f, Path(root) / 'published')
+
+
+def best_rates(f, root, transform, rounds):
+    "Source → images/s in its best round."
+    sets = {name: open_dataset(f'{root}/{name}') for name in ('published', *BUILT)}
+    sets['online'] = FormulaDataset(f)
+    best = dict.fromkeys((*sets, 'stream, zstd'), 0.0)
+    for epoch in range(rounds):
+        for name, dataset in sets.items():
+            batches = EpochBatches(len(f), BATCH)
+            batches.epoch = epoch
+            best[name] = max(best[name], rate(train_loader(dataset, transform, batches)))
+        stream = ShardStream(f'{root}/shards, zstd', transform, BATCH)
+        best['stream, zstd'] = max(best['stream, zstd'], rate(stream_loader(stream)))
+    return best
 
 
 def main():
@@ -52,40 +81,19 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     f = formula(args.name, classes=10, instances=args.images // 10, size=args.size)
+    transforms = {
+        'published augmentation': train_transform(recipe(dataset=args.name)),
+        'a crop': Compose([CenterCrop(224), PILToTensor()]),
+    }
     with tempfile.TemporaryDirectory() as root:
-        built = {
-            'folder': {'layout': 'plain'},
-            'shards, PNG': {'layout': 'shards', 'shard_images': 200},
-            'shards, zstd': {'layout': 'shards', 'shard_images': 200, 'format': 'zstd'},
-        }
-        for name, arrangement in built.items():
-            build(f, Path(root) / name, workers=0, progress=quiet, **arrangement)
-        save_as_published(f, Path(root) / 'published')
-        sets = {name: open_dataset(f'{root}/{name}') for name in ('published', *built)} | {
-            'online': FormulaDataset(f)
-        }
-        transforms = {
-            'published augmentation': train_transform(recipe(dataset=args.name)),
-            'a crop': Compose([CenterCrop(224), PILToTensor()]),
-        }
+        write_all(f, root)
         for what, transform in transforms.items():
-            best = dict.fromkeys((*sets, 'stream, zstd'), 0.0)
-            for epoch in range(args.rounds):
-                for name, dataset in sets.items():
-                    batches = EpochBatches(len(f), BATCH)
-                    batches.epoch = epoch
-                    best[name] = max(best[name], rate(train_loader(dataset, transform, batches)))
-                best['stream, zstd'] = max(
-                    best['stream, zstd'],
-                    rate(stream_loader(ShardStream(f'{root}/shards, zstd', transform, BATCH))),
-                )
-            print(
-                f'{f.name}, {args.size}², {what}\n{"":14}{"images/s":>12}{"batches/s":>12}{"ratio":>12}'
-            )
+            best = best_rates(f, root, transform, args.rounds)
+            print(f'{f.name}, {args.size}², {what}')
+            print(f'{"":14}{"images/s":>12}{"batches/s":>12}{"ratio":>12}')
             for name, value in best.items():
-                print(
-                    f'{name:14}{value:12.0f}{value / BATCH:12.2f}{value / best["published"]:11.2f}×'
-                )
+                ratio = value / best['published']
+                print(f'{name:14}{value:12.0f}{value / BATCH:12.2f}{ratio:11.2f}×')
 
 
 if __name__ == '__main__':

@@ -1,7 +1,8 @@
-"""The specifications of the library notebooks as a plain module: what the kernels are measured against.
+"""The specifications of the formula notebooks as a plain module, to compare the kernels with.
 
-Plain Python and Pillow in the manner of the published programs. Noise is looked up by NumPy for a whole line at once, which costs about what the
-programs' C package costs; chance is Python's own generator, as there.
+Plain Python and Pillow in the manner of the published programs. Noise is looked up by NumPy for a
+whole line at once, which costs about what the programs' C package costs; random numbers are
+Python's own, as there.
 """
 
 import math, random
@@ -45,19 +46,12 @@ def bend(xs, ys, card, gain, values):
     def wave(v, count):
         return 0.5 * math.sin(angle * v * count)
 
+    def bent(value, v):
+        noise = float(value) * card.noise * gain - card.noise
+        return noise - wave(v, card.wave_1) - wave(v, card.wave_2)
+
     for v in range(n):
-        across = (
-            float(values[v]) * card.noise * gain
-            - card.noise
-            - wave(v, card.wave_1)
-            - wave(v, card.wave_2)
-        )
-        down = (
-            float(values[n + v]) * card.noise * gain
-            - card.noise
-            - wave(v, card.wave_1)
-            - wave(v, card.wave_2)
-        )
+        across, down = bent(values[v], v), bent(values[n + v], v)
         xs[v] -= math.cos(angle * v) * (across - card.drift)
         ys[v] -= math.sin(angle * v) * (down - card.drift)
 
@@ -77,19 +71,14 @@ def contour_image(family, card, rng):
     xs, ys = [x + inside[0] for x in xs], [y + inside[1] for y in ys]
     for _ in range(card.lines):
         grey = rng.randint(0, family.greys - 1)
-        bend(
-            xs,
-            ys,
-            card,
-            family.gain,
-            noise([rng.uniform(0, 10_000) for _ in range(2 * card.vertices)]),
-        )
+        places = [rng.uniform(0, 10_000) for _ in range(2 * card.vertices)]
+        bend(xs, ys, card, family.gain, noise(places))
         outline(pen, [x + outside[0] for x in xs], [y + outside[1] for y in ys], grey)
     return np.array(canvas)
 
 
 def contours(family, c, k):
-    "Image (c, k) of RCDB or VisualAtom: its canonical category, with Python's generator for greys and noise."
+    "Image (c, k) of RCDB or VisualAtom: its canonical category, greys and noise from Python."
     category = family.category(c)
     if k:
         category = family.new_instance(category, family.instance_stream(c, k))
@@ -117,20 +106,15 @@ def space_view(cloud, camera, size):
     "One view of a cloud by a camera: rows right, up, forward."
     x, y, depth = camera @ cloud.astype(np.float32)
     scale = FOCAL / (depth + np.float32(4))
-    column, row = (
-        np.floor(
-            np.rint((scale * v * np.float32(0.5) + np.float32(0.5)) * np.float32(size) * 256) / 256
-        ).astype(int)
-        for v in (x, y)
-    )
-    inside = (
-        (depth + 4 >= 1)
-        & (depth + 4 <= 100)
-        & (0 <= column)
-        & (column < size)
-        & (0 <= row)
-        & (row < size)
-    )
+
+    def pixel(v):
+        place = (scale * v * np.float32(0.5) + np.float32(0.5)) * np.float32(size)
+        return np.floor(np.rint(place * 256) / 256).astype(int)
+
+    column, row = pixel(x), pixel(y)
+    inside = (depth + 4 >= 1) & (depth + 4 <= 100)
+    for v in (column, row):
+        inside &= (0 <= v) & (v < size)
     image = np.zeros((size, size), np.uint8)
     image[row[inside], column[inside]] = 255
     return image
@@ -174,7 +158,8 @@ def plane_image(maps, size, points, padding, full, rng):
     xs, ys = plane_game(maps, np.random.RandomState(100).random_sample(points))
     page = Image.new('RGB', (size, size))
     for x, y in zip(plane_pixels(xs, size, padding), plane_pixels(ys, size, padding)):
-        mask, patch = f'{511 if full else rng.randrange(1, 512):09b}', np.zeros((3, 3, 3), np.uint8)
+        mask = f'{511 if full else rng.randrange(1, 512):09b}'
+        patch = np.zeros((3, 3, 3), np.uint8)
         for row in range(3):
             for column in range(3):
                 patch[row, column] = 127 * int(mask[3 * row + column])
@@ -183,15 +168,10 @@ def plane_image(maps, size, points, padding, full, rng):
 
 
 def plane(family, c, k):
-    "Image (c, k) of FractalDB, 2D-OFDB or 1p-frac, before its flip: its canonical maps, with NumPy's and Python's generators."
+    "Image (c, k) of FractalDB, 2D-OFDB or 1p-frac before its flip, from its canonical maps."
     maps = family.category(c)
     if isinstance(family, ifs.FractalDB):
         maps = maps * [*ifs.weight_table(family.weight)[family.variant(k).weight_row], 1]
-    return plane_image(
-        maps,
-        family.size,
-        family.points,
-        family.padding,
-        getattr(family, 'mask_mode', '') == 'fill',
-        random.Random(f'{c} {k}'),
-    )
+    full = getattr(family, 'mask_mode', '') == 'fill'
+    rng = random.Random(f'{c} {k}')
+    return plane_image(maps, family.size, family.points, family.padding, full, rng)

@@ -1,9 +1,11 @@
-"""How fast each formula draws, beside its specification in plain Python, measured in the same run.
+"""How fast each formula draws, compared with its specification in plain Python.
 
     python benchmarks/render.py [names] [--seconds N] [--threads N]
 
-Prints milliseconds an image on one thread, averaged over the same images for every column: drawn alone, with 8-bit PNG (Pillow, level 1), with
-raw zstd where `zstandard` is installed, the naive version; then the ratio naive / drawn alone, and how many times faster several threads are than one.
+Prints milliseconds an image on one thread, averaged over the same images for every column: drawn
+alone, with 8-bit PNG (Pillow, level 1), with raw zstd where `zstandard` is installed, the naive
+version; then the ratio naive / drawn alone, and how many times faster several threads are than one.
+All is measured in the same run.
 """
 
 import argparse, io, time
@@ -54,7 +56,7 @@ def raw_zstd(image):
 
 
 def best(run, seconds):
-    "Seconds of the fastest of as many runs as fit in `seconds`; two at least, the first not counted: it compiles."
+    "The fastest of the runs that fit in `seconds`, in seconds; a run before them compiles."
     run()
     fastest, end = float('inf'), time.perf_counter() + seconds
     while True:
@@ -110,9 +112,8 @@ def main():
     print(f'{"":14}' + ''.join(f'{head:>13}' for head in heads))
     for name in args.names or known:
         row = measure(known[name], args.seconds, args.threads)
-        shown = [f'{value:.2f}' if value is not None else '–' for value in row[1:5]] + [
-            f'{value:.1f}×' for value in row[5:]
-        ]
+        shown = ['–' if value is None else f'{value:.2f}' for value in row[1:5]]
+        shown += [f'{value:.1f}×' for value in row[5:]]
         print(f'{name:14}' + ''.join(f'{value:>13}' for value in shown), flush=True)
 
 

@@ -49,22 +49,18 @@ def range_of(knob):
     "What a knob may be, in words; '' where nothing says."
     if knob.get('choices'):
         return ', '.join(f'`{c!r}`' for c in knob['choices'])
-    return (
-        f'{number(knob["low"])} … {number(knob["high"])}'
-        if knob.get('low') is not None and knob.get('high') is not None
-        else ''
-    )
+    low, high = knob.get('low'), knob.get('high')
+    return '' if low is None or high is None else f'{number(low)} … {number(high)}'
 
 
 def comments_of(thing):
     "Parameter → what its comment or its knob says; `return` for what comes back."
     found = {k: ' '.join(v.split()) for k, v in docments(thing, returns=True).items() if v}
     if dataclasses.is_dataclass(thing):
-        said = {
-            f.name: '; '.join(w for w in (f.metadata.get('help', ''), range_of(f.metadata)) if w)
-            for f in dataclasses.fields(thing)
-        }
-        found |= {k: v for k, v in said.items() if v}
+        for field in dataclasses.fields(thing):
+            parts = (field.metadata.get('help', ''), range_of(field.metadata))
+            if any(parts):
+                found[field.name] = '; '.join(filter(None, parts))
     return {k: v for k, v in found.items() if k not in ('self', 'cls')}
 
 
@@ -76,21 +72,13 @@ def write_parameters(app, what, name, thing, options, lines):
     if inspect.isclass(thing) or inspect.isroutine(thing):
         try:
             comments = comments_of(thing)
-        except (
-            TypeError,
-            OSError,
-            AttributeError,
-        ):  # no source: a class that C or another class made
+        except (TypeError, OSError, AttributeError):  # no source: made by C or by another class
             return
         returned = comments.pop('return', None)
         fields = [f':param {k}: {as_rst(v)}' for k, v in comments.items()]
-        lines += [
-            '',
-            *fields,
-            *[f':returns: {as_rst(returned or "")}']
-            * bool(returned and not inspect.isclass(thing)),
-            '',
-        ]
+        if returned and not inspect.isclass(thing):
+            fields.append(f':returns: {as_rst(returned)}')
+        lines += ['', *fields, '']
 
 
 # Names in code
@@ -134,9 +122,8 @@ def link_names(app, page, template, context, doctree):
     "Names of ours in a page's code lead to the reference; attributes and keywords are not ours."
     if doctree is None or page.startswith('api/'):
         return
-    here = imported(doctree) | json.loads((Path(app.srcdir) / 'names.json').read_text('utf-8')).get(
-        page, {}
-    )
+    of_chapters = json.loads((Path(app.srcdir) / 'names.json').read_text('utf-8'))
+    here = imported(doctree) | of_chapters.get(page, {})
     known = app.env.domains.python_domain.objects
 
     def link(m):

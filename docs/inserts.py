@@ -177,12 +177,11 @@ def one_recipe(r, stage):
         for k, v in values.items()
         if v != plain[k] or k in ('dataset', 'model', 'epochs', 'batch', 'lr')
     ]
-    told = '. '.join(
-        w for w in (r.paper, r.cost, published(r) and f'Published: {published(r)} %') if w
-    )
+    reported = f'Published: {published(r)} %' if published(r) else ''
+    about = '. '.join(w for w in (r.paper, r.cost, reported) if w)
     command = f'fdsl run {stage} -p recipe {r.name} -p dataset {r.dataset} -p budget paper'
     title = f'({anchor(r)})=\n### `{r.name}`'
-    return '\n\n'.join([title, f'{told}.', f'```\n{command}\n```', table(('value', ''), own)])
+    return '\n\n'.join([title, f'{about}.', f'```\n{command}\n```', table(('value', ''), own)])
 
 
 # Runs and machines
@@ -227,11 +226,11 @@ def settings():
 
 # Packages from the lowest to the highest; one that is not here comes last, by its name alone.
 PACKAGES = {
-    'core': 'What everything rests on: settings, addressed random numbers, pens, runs as folders.',
+    'core': 'What everything uses: settings, addressed random numbers, drawing, runs as folders.',
     'formulas': 'Pictures from numbers: what a formula data set is, and all published families.',
-    'models': "timm's networks and everybody's weights: checkpoints read, converted and written.",
+    'models': "timm's networks and published weights: checkpoints read, converted and written.",
     'data': 'From a name or a folder to batches: data sets, augmentation, shards, streams.',
-    'build': 'Data sets on disk: written in parallel, continued after a kill, verified and repaired.',
+    'build': 'Data sets on disk: written in parallel, resumed after a kill, verified, repaired.',
     'training': 'From a configuration to weights, and what the weights are worth.',
     'app': 'What people touch: the explorer, run notebooks, reports, the command `fdsl`.',
 }
@@ -267,9 +266,9 @@ def chapters():
     for name, paths in chapters_by_package().items():
         pages = [f'chapters/{name}/{p.stem}' for p in paths]
         parts += [f'## {name}', PACKAGES.get(name, ''), toctree(pages)]
-    told = 'Forms for papermill: a cell of parameters, and calls of the library.'
+    about = 'Notebooks for papermill: a cell of parameters, and calls of the library.'
     pages = [f'chapters/{p.stem}' for p in run_chapters()]
-    return '\n\n'.join([*parts, '## Run notebooks', told, toctree(pages)])
+    return '\n\n'.join([*parts, '## Run notebooks', about, toctree(pages)])
 
 
 def one_sentence(module):

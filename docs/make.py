@@ -70,8 +70,10 @@ def fetch_bundles():
                 content = tar.extractfile(f'package/{file}').read()
                 found = hashlib.sha256(content).hexdigest()
                 if found != expected:
-                    told = f'{file} of {package} has SHA-256 {found}, not {expected}'
-                    sys.exit(f'docs/make.py: {told}; do not use it')
+                    sys.exit(
+                        f'docs/make.py: {file} of {package} has SHA-256 {found}, '
+                        f'not {expected}; do not use it'
+                    )
                 (BUNDLES / name / file).parent.mkdir(parents=True, exist_ok=True)
                 (BUNDLES / name / file).write_bytes(content)
         archive.unlink()
@@ -129,11 +131,13 @@ def redirected(text, origin):
 
 
 def write_page(origin):
-    "A Markdown file of the repository; `<!-- insert NAME … -->` becomes what `inserts` makes of it."
+    "A Markdown file of the repository, with what `inserts` makes of `<!-- insert NAME … -->`."
+
+    def insert(m):
+        return getattr(inserts, m[1])(*m[2].split())
+
     text = redirected((ROOT / origin).read_text('utf-8'), origin)
-    text = re.sub(
-        r'<!-- insert (\w+) ?(.*?) -->', lambda m: getattr(inserts, m[1])(*m[2].split()), text
-    )
+    text = re.sub(r'<!-- insert (\w+) ?(.*?) -->', insert, text)
     (SOURCE / page_of(origin)).write_text(text, 'utf-8')
 
 
@@ -169,11 +173,9 @@ def module_of(path):
 
 def chapter(path):
     "Makes a page of a notebook, without hidden cells; name → full name of what its code uses."
-    notebook, module, origin = (
-        json.loads(path.read_text('utf-8')),
-        module_of(path),
-        path.relative_to(ROOT).as_posix(),
-    )
+    notebook = json.loads(path.read_text('utf-8'))
+    module = module_of(path)
+    origin = path.relative_to(ROOT).as_posix()
     page = page_of(origin)
     names, cells = {}, []
     for cell in notebook['cells']:
@@ -191,12 +193,11 @@ def chapter(path):
             cell['source'] = re.sub(r'^#\|.*\n?', '', cell['source'], flags=re.MULTILINE)
         cells.append(cell)
     if module:
-        names |= {
-            n: f'fdsl_nb.{module}.{n}' for n in importlib.import_module(f'fdsl_nb.{module}').__all__
-        }
+        python = importlib.import_module(f'fdsl_nb.{module}')
+        names |= {name: f'fdsl_nb.{module}.{name}' for name in python.__all__}
         link = os.path.relpath(api_page_of(module), page.parent)
-        told = f'Module [`fdsl_nb.{module}`]({link}), written as the notebook `{origin}`.'
-        cells.insert(1, prose(f'{told} Cells with a coloured edge are the package.'))
+        about = f'Module [`fdsl_nb.{module}`]({link}), written as the notebook `{origin}`.'
+        cells.insert(1, prose(f'{about} Cells with a coloured edge are the package.'))
     notebook['cells'] = [dict(c, id=f'cell-{n}') for n, c in enumerate(cells)]
     notebook['metadata']['language_info'] = dict(name='python', pygments_lexer='python')
     (SOURCE / page).parent.mkdir(parents=True, exist_ok=True)
@@ -223,11 +224,12 @@ def api_page(module, chapter):
         thing = getattr(python, name)
         if inspect.isclass(thing):
             ours = [f.name for f in fields(thing)] if is_dataclass(thing) else []
-            lines += [f'.. autoclass:: {name}'] + [
-                f'   :exclude-members: {", ".join(ours)}'
-            ] * bool(ours)
+            lines.append(f'.. autoclass:: {name}')
+            if ours:
+                lines.append(f'   :exclude-members: {", ".join(ours)}')
         else:
-            lines += [f'.. {"autofunction" if inspect.isroutine(thing) else "autodata"}:: {name}']
+            kind = 'autofunction' if inspect.isroutine(thing) else 'autodata'
+            lines.append(f'.. {kind}:: {name}')
         lines.append('')
     page = SOURCE / api_page_of(module)
     page.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,7 @@
-"""Formula-driven supervised learning. The names most used are offered here, and each is imported when it is first asked for."""
+"""Formula-driven supervised learning.
+
+The names most used are offered here; each is imported when it is first asked for."""
+
 import hashlib
 import importlib
 import os
@@ -13,14 +16,18 @@ warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarn
 
 
 def _keep_kernels_apart():
-    "numba compiles a kernel anew when its own file changes, not when a kernel that it calls does: every state of the package gets a cache of its own."
+    """Gives every state of the package its own cache of compiled kernels.
+
+    numba compiles a kernel anew when its own file changes, not when a kernel that it calls does.
+    """
     here = pathlib.Path(__file__).parent
     given = os.environ.get('NUMBA_CACHE_DIR', '')
     # a process that was started before a file changed hands its own folder on
-    if given and pathlib.Path(given).parent != here/'__pycache__':
+    if given and pathlib.Path(given).parent != here / '__pycache__':
         return
-    state = hashlib.sha256(b''.join(p.read_bytes() for p in sorted(here.rglob('*.py')))).hexdigest()[:12]
-    os.environ['NUMBA_CACHE_DIR'] = str(here/'__pycache__'/f'kernels-{state}')
+    sources = b''.join(p.read_bytes() for p in sorted(here.rglob('*.py')))
+    state = hashlib.sha256(sources).hexdigest()[:12]
+    os.environ['NUMBA_CACHE_DIR'] = str(here / '__pycache__' / f'kernels-{state}')
     # numba reads the variable when it is imported
     if 'numba' in sys.modules:
         sys.modules['numba'].config.reload_config()
@@ -28,7 +35,8 @@ def _keep_kernels_apart():
 
 _keep_kernels_apart()
 
-# The functions `build` and `formulas` are not among them: the packages fdsl_nb.build and fdsl_nb.formulas have their names.
+# The functions `build` and `formulas` are not among them:
+# the packages fdsl_nb.build and fdsl_nb.formulas have their names.
 _PLACES = {
     'formulas.formula': ('Formula', 'formula'),
     'formulas.contours': ('RCDB', 'VisualAtom'),

@@ -1,6 +1,7 @@
 """What every test may rely on.
 
-No setting of this machine or this user reaches it; the documentation is there, built once; a kernel.
+No setting of this machine or user reaches it. Fixtures give it a data folder, the documentation
+(built once), and a kernel.
 """
 
 import fcntl

@@ -3,27 +3,17 @@
 from fdsl_nb.core.folder import RunFolder, add_epoch, log_event, set_status, write_config
 from fdsl_nb.core.settings import Resolved
 
+DEFAULTS = dict(
+    stage='pretrain', dataset='rcdb', name='rcdb1k_deit_tiny', epochs=10, seed=0, lr=0.1
+)
+
 
 def fake_run(root, name, state='done', epochs=3, **settings):
     folder = RunFolder(root / name)
-    set_status(folder, state, **({'reason': 'ValueError: <i>lr</i>'} if state == 'failed' else {}))
-    write_config(
-        folder,
-        {
-            k: Resolved(v, 'test')
-            for k, v in (
-                dict(
-                    stage='pretrain',
-                    dataset='rcdb',
-                    name='rcdb1k_deit_tiny',
-                    epochs=10,
-                    seed=0,
-                    lr=0.1,
-                )
-                | settings
-            ).items()
-        },
-    )
+    reason = {'reason': 'ValueError: <i>lr</i>'} if state == 'failed' else {}
+    set_status(folder, state, **reason)
+    config = DEFAULTS | settings
+    write_config(folder, {k: Resolved(v, 'test') for k, v in config.items()})
     log_event(folder, 'start')
     for e in range(epochs):
         add_fake_epoch(folder, e)

@@ -30,7 +30,7 @@ def arrows(
     sources,  # path → text of every module of a package, such as fdsl_nb/core/rng.py
     package='fdsl_nb',
 ):  # only imports of its modules are of interest
-    "All imports among `sources`, also inside functions; a name that is no module counts as its module."
+    "All imports among `sources`, also inside functions; other names count as their module."
     known = {dotted(path) for path in sources}
     found = []
     for path, text in sources.items():
@@ -94,11 +94,11 @@ def beginning(node):
 def upward(found, order, package='fdsl_nb'):
     "The arrows that lead to a higher package; what stands in no package of `order` is above all."
 
-    def floor(name):
+    def level(name):
         parts = name.split('.')
         return order.index(parts[1]) if len(parts) > 1 and parts[1] in order else len(order)
 
-    return [a for a in found if a.kind != 'command' and floor(a.target) > floor(a.source)]
+    return [a for a in found if a.kind != 'command' and level(a.target) > level(a.source)]
 
 
 def circles(found):

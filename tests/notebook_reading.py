@@ -7,15 +7,8 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = (
-    'core',
-    'formulas',
-    'models',
-    'data',
-    'build',
-    'training',
-    'app',
-)  # imports go downward only
+# from the lowest to the highest; imports go downward only
+PACKAGES = ('core', 'formulas', 'models', 'data', 'build', 'training', 'app')
 LIBRARY = [p for name in PACKAGES for p in sorted((ROOT / 'nbs' / name).glob('*.ipynb'))]
 RUNS = sorted((ROOT / 'nbs').glob('*.ipynb'))
 NOTEBOOKS = [*LIBRARY, *RUNS]

@@ -1,4 +1,4 @@
-"""Writes TensorFlow's bundles for tests: plain or Snappy, one block or many, one file or several."""
+"""Writes TensorFlow's bundles for tests: plain or Snappy, with any number of blocks and files."""
 
 import struct
 from pathlib import Path
@@ -17,7 +17,7 @@ def varint(n):
 
 
 def message(*fields):
-    "A Protocol Buffers message of (field, int, bytes, or a checksum as ('crc', int)), without zeros."
+    "A Protocol Buffers message of (field, value): an int, bytes, or a checksum as ('crc', int)."
     out = b''
     for number, value in fields:
         if isinstance(value, bytes):
@@ -42,15 +42,12 @@ def block(rows, restart=16):
             varint(shared) + varint(len(key) - shared) + varint(len(value)) + key[shared:] + value
         )
         before = key
-    return (
-        body
-        + b''.join(struct.pack('<I', at) for at in restarts or [0])
-        + struct.pack('<I', len(restarts or [0]))
-    )
+    restarts = restarts or [0]
+    return body + struct.pack(f'<{len(restarts)}I', *restarts) + struct.pack('<I', len(restarts))
 
 
 def table(rows, snappy=False, rows_in_block=50, spoil=lambda stored: stored):
-    "An index file: blocks of rows, metadata, list of blocks, footer; `spoil` may change a block first."
+    "An index file: blocks of rows, metadata, list of blocks, footer; `spoil` may change a block."
     out, places = b'', []
 
     def store(content):
@@ -73,15 +70,11 @@ def raw_of(value):
     if not torch.is_tensor(value):  # a list of texts
         sums = b''.join(struct.pack('<I', len(text)) for text in value)
         rest = struct.pack('<I', masked_crc(sums)) + b''.join(value)
-        return (
-            b''.join(varint(len(text)) for text in value) + rest,
-            sums + rest,
-            TEXT,
-            (len(value),),
-        )
-    raw = (
-        value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b''
-    )
+        lengths = b''.join(varint(len(text)) for text in value)
+        return lengths + rest, sums + rest, TEXT, (len(value),)
+    raw = b''
+    if value.numel():
+        raw = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return raw, raw, NUMBERS[value.dtype], tuple(value.shape)
 
 
@@ -95,11 +88,8 @@ def write_bundle(
     edit=lambda key, fields: fields,
 ):
     "Write a bundle; tensors go to the data files in turn, `edit` may spoil the fields of an entry."
-    path, data, rows = (
-        Path(path),
-        [b''] * shards,
-        [(b'', message((1, shards), (3, message((1, 1)))))],
-    )
+    path, data = Path(path), [b''] * shards
+    rows = [(b'', message((1, shards), (3, message((1, 1)))))]
     for i, (key, value) in enumerate(sorted(tensors.items())):
         raw, summed, dtype, shape = raw_of(value)
         shape = b''.join(message((2, message((1, n)))) for n in shape)

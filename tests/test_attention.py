@@ -1,4 +1,5 @@
-"""Attention: the published program's rollout, a model left as it was, many kinds of transformer, refusals, and the widget driven in Python."""
+"""Attention: the published program's rollout, a model left as it was, many kinds of transformer,
+refusals, and the widget driven in Python."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""The browser of runs, driven without a page: looking, ticking, living and dying runs, its thread, and browse.ipynb."""
+"""The browser of runs, driven without a page: looking, ticking, living and dying runs, its thread,
+and browse.ipynb."""
 
 import base64
 import io
@@ -105,7 +106,13 @@ def test_status_of_any_damage_does_not_stop_a_look(root, opened):
 
 @pytest.mark.process
 def test_a_run_whose_process_died_is_interrupted(root, opened):
-    code = f'import time; from fdsl_nb.core.folder import RunFolder, set_status; set_status(RunFolder({str(root / "atoms")!r}), "running"); print("up", flush=True); time.sleep(100)'
+    code = f'''
+import time
+from fdsl_nb.core.folder import RunFolder, set_status
+set_status(RunFolder({str(root / "atoms")!r}), "running")
+print("up", flush=True)
+time.sleep(100)
+'''
     child = subprocess.Popen(
         [sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )

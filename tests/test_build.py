@@ -1,6 +1,7 @@
-"""Data sets on disk: what is written, what is refused, what survives a kill, and that reading gives back every image once."""
+"""Data sets on disk: what is written and refused, what survives a kill, and reading it back."""
 
-import errno, hashlib, io, json, os, random, shutil, signal, subprocess, sys, tarfile, threading, time, zipfile
+import errno, hashlib, io, json, os, random, shutil, signal, subprocess, sys
+import tarfile, threading, time, zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -214,7 +215,8 @@ def test_a_data_set_object_is_written_and_mended_by_whoever_has_it(tmp_path, arr
     ).unlink()
     with pytest.raises(
         ValueError,
-        match='manifest.json: this was built from a data set object .*Own, 30 images.*give it yourself',
+        match='manifest.json: this was built from a data set object '
+        '.*Own, 30 images.*give it yourself',
     ):
         repair(tmp_path / 'out')
     repair(tmp_path / 'out', source=Own())
@@ -509,14 +511,18 @@ from fdsl_nb.build.build import build, open_executor
 from fdsl_nb.formulas.contours import VisualAtom
 if __name__ == '__main__':
     out, layout, workers, classes = sys.argv[1:]
+    atoms = VisualAtom(classes=int(classes), instances=40, size=96)
+    arrangement = dict(layout=layout)
+    if layout == 'shards':
+        arrangement['shard_images'] = 50
     with open_executor(workers=int(workers)) as executor:
-        build(VisualAtom(classes=int(classes), instances=40, size=96), out, workers=0, executor=executor, layout=layout, **(dict(shard_images=50) if layout == 'shards' else {}))
+        build(atoms, out, workers=0, executor=executor, **arrangement)
 '''
 MANY = VisualAtom(classes=50, instances=40, size=96)
 
 
 def kill_and_continue(tmp_path, layout, kills, workers=2, classes=50, longest=4):
-    "Kills a build of 40 images a class `kills` times, then lets it end; its contents, and how often the kill met it unfinished."
+    "Kills a build `kills` times, then lets it end; its contents, how many kills met it unfinished."
     (tmp_path / 'script.py').write_text(SCRIPT)
     command = [
         sys.executable,
@@ -888,7 +894,7 @@ def test_damaged_records_are_named_or_counted(shards, tmp_path, workers):
     [(1, 0, 3, None), (2, 2, 3, None), (1, 0, 1, 64), (1, 0, 2, 400), (2, 0, 3, 104)],
 )
 def test_streams_repeat_and_cut_as_numbered_sets_do(shards, world, workers, repeats, images):
-    "Epochs are pieces of one sequence of walks: an image comes up again, anew augmented, only when all have come up."
+    "Epochs are pieces of one sequence: an image comes again only when all images have come."
     numbers = {SMALL.render(*divmod(i, 20)).tobytes(): i for i in range(120)}
     shown, epochs = Counter(), 3 if workers else 5
     for epoch in range(epochs):
@@ -971,7 +977,7 @@ def trained(folder, **given):
     'layout, format', [('shards', 'zstd'), pytest.param('plain', 'png', marks=pytest.mark.slow)]
 )
 def test_pretraining_cannot_tell_a_build_from_its_formula(tmp_path, layout, format, monkeypatch):
-    "build, verify, pretrain by their parameters: bit for bit the weights of training online with the same seed."
+    "build, verify, pretrain: bit for bit the weights of training online with the same seed."
     monkeypatch.setenv('FDSL_WORKERS', '0')
     form = dict(
         dataset='visualatom',
@@ -1036,7 +1042,7 @@ def export(out, source=SMALL, **more):
 
 
 def test_parquet_of_a_formula_a_build_and_a_folder(shards, tmp_path):
-    "Pictures as bytes, labels as numbers, in the order of the shuffle; what is PNG or JPEG already stays what it is."
+    "Pictures as bytes, labels as numbers, in shuffled order; PNG and JPEG files stay as they are."
     parquet = pytest.importorskip('pyarrow.parquet', reason='the extra parquet is not installed')
     (tmp_path / 'photos' / 'train' / 'cat').mkdir(parents=True)
     photo = Image.fromarray(np.arange(3072, dtype=np.uint8).reshape(32, 32, 3))

@@ -1,4 +1,4 @@
-"""TensorFlow's bundles: what our own writer and TensorFlow wrote, in every form, whole and damaged."""
+"""TensorFlow's bundles: written by our own writer and by TensorFlow, complete and damaged."""
 
 import random, shutil
 from pathlib import Path
@@ -171,10 +171,11 @@ def test_index_cut_short(copy, length):
 def test_data_cut_short_are_noticed_at_once(copy, length):
     data = copy / DATA
     data.write_bytes(data.read_bytes()[:length])
-    with pytest.raises(
-        CheckpointError,
-        match=rf"{DATA}' is cut short: it ends at byte {length}, '[\w/.-]+' at \d+; copy or download it again",
-    ):
+    message = (
+        rf"{DATA}' is cut short: it ends at byte {length}, '[\w/.-]+' at \d+; "
+        'copy or download it again'
+    )
+    with pytest.raises(CheckpointError, match=message):
         open_bundle(copy / 'coyo_ft.index')
 
 

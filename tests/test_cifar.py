@@ -1,4 +1,7 @@
-"""CIFAR: torchvision's layout read whole or not at all, fetched once however many ask, and images to choose by that are always the same."""
+"""CIFAR: torchvision's layout read whole or not at all, downloaded once by any number of processes.
+
+The images held out for validation are always the same.
+"""
 
 import hashlib, http.server, pickle, random, shutil, tarfile, threading
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +27,7 @@ def pack(
     meta='batches.meta',
     known=CIFAR10,
 ):
-    "Crops of two photographs in CIFAR's layout, and a class of torchvision that knows their checksums."
+    "Crops of two photographs in CIFAR's layout, and a torchvision class with their checksums."
     (folder / base).mkdir(parents=True)
     chance, photos = np.random.default_rng(0), load_sample_images().images
 
@@ -178,7 +181,8 @@ def test_damaged_archive(small, tmp_path):
 def test_no_network(small, tmp_path):
     with pytest.raises(
         FileNotFoundError,
-        match=f'could not be downloaded .*put {small.filename} into that folder, or name a folder of pictures',
+        match=f'could not be downloaded .*put {small.filename} into that folder, '
+        'or name a folder of pictures',
     ):
         open_cifar('cifar10', 'train', tmp_path / 'new')
 

@@ -1,4 +1,5 @@
-"""The command `fdsl` as somebody types it: what it says, with which exit code, and that it says so without loading what takes seconds."""
+"""The command `fdsl` as somebody types it: its output, its exit codes, and that it answers without
+loading what takes seconds."""
 
 import json
 import os
@@ -148,7 +149,12 @@ def test_a_slip_in_the_name_of_a_notebook_needs_no_papermill():
 
 
 # papermill itself, with a notebook that takes no time
-FORM = "dataset: str = 'rcdb'  # a formula\nrestart: bool = False  # anew\nnames: list = ['a']  # several\nrun: str = None  # its folder\n"
+FORM = '''\
+dataset: str = 'rcdb'  # a formula
+restart: bool = False  # anew
+names: list = ['a']  # several
+run: str = None  # its folder
+'''
 
 
 @pytest.fixture
@@ -251,3 +257,17 @@ def test_kernels_go_to_a_folder_of_this_state(before):
     # one that an older state handed on is replaced, one that somebody chose is not
     assert in_python(ask, NUMBA_CACHE_DIR=ours[:-12] + '0' * 12) == [ours]
     assert in_python(ask, NUMBA_CACHE_DIR='elsewhere') == ['elsewhere']
+
+
+def test_what_may_change_when_a_run_continues_does_not_change_its_folder(tmp_path, monkeypatch):
+    from fdsl_nb.app.cli import _FREE, folder_for
+    from fdsl_nb.training.training import FREE
+
+    parameters = {k: p for name in run_notebooks() for k, p in read_parameters(name).items()}
+    assert set(_FREE) == set(FREE) & set(parameters)
+    monkeypatch.setenv('FDSL_OUTPUT_ROOT', str(tmp_path))
+    given = dict(dataset='rcdb', epochs=3)
+    for name in _FREE:
+        more = {name: parameters[name].type(1)}
+        assert folder_for('pretrain', given | more) == folder_for('pretrain', given), name
+    assert folder_for('pretrain', given | dict(seed=1)) != folder_for('pretrain', given)

@@ -1,7 +1,8 @@
 """RCDB and VisualAtom: the published pixels, our own, and what is refused.
 
-tests/golden/{rcdb,visualatom}_{script,thread,defaults}.json hold the SHA-256 of what the published programs drew for given flags, with file names and
-parameter files; *_canonical.json hold ours, so that no later change of a kernel moves a pixel unseen.
+tests/golden/{rcdb,visualatom}_{script,thread,defaults}.json hold the SHA-256 of what the published
+programs drew for given flags, with file names and parameter files; *_canonical.json hold ours, so
+that no later change of a kernel moves a pixel unseen.
 """
 
 import itertools, json, multiprocessing, pickle, tracemalloc
@@ -330,7 +331,8 @@ def test_memory_is_flat(family):
 
     stream = (f.render(c, 0) for c in range(301))
     next(stream)
-    # 300 images of 16 kB would be 4.9 MB and 300 tables 5.8; the 64 tables that are kept are 2 MB at most
+    # 300 images of 16 kB would be 4.9 MB and 300 tables 5.8;
+    # the 64 tables that are kept are 2 MB at most
     assert peak(stream) < 2.5e6
     one = replace(f, classes=1, instances=1000)
     assert peak(s.image for s in one.reference()) < 5e5

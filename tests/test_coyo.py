@@ -1,4 +1,7 @@
-"""Images with many labels: what img2dataset writes is read, and whatever is wrong with it is named, left out or refused."""
+"""Images with many labels: what img2dataset writes is read.
+
+Whatever is wrong with it is named, left out or refused.
+"""
 
 import io
 import json

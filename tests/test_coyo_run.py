@@ -1,4 +1,4 @@
-"""Multi-label pre-training from img2dataset's shards, by papermill's own path: one process and two."""
+"""Multi-label pre-training from img2dataset's shards, with papermill: one process and two."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""COYO-ViT: its numbers from every kind of file, its first weights, and its network through every door."""
+"""COYO-ViT: its numbers from every kind of file, its initial weights, and its network by name."""
 
 import json, subprocess, sys
 from pathlib import Path
@@ -60,10 +60,11 @@ def test_timm_vit_with_tanh_does_as_well(published):
 def test_exact_gelu_is_refused(published):
     model = create_model('vit_tiny_patch16_224', 10, 64, **TINY)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(
-        CheckpointError,
-        match="coyo_ft.index' was trained with gelu_tanh, and this VisionTransformer has GELU; create coyo_vit_",
-    ):
+    message = (
+        "coyo_ft.index' was trained with gelu_tanh, and this VisionTransformer has GELU; "
+        'create coyo_vit_'
+    )
+    with pytest.raises(CheckpointError, match=message):
         load_weights(model, GOLDEN / 'coyo_ft.index')
     assert equal(before, model.state_dict())
 
@@ -86,16 +87,14 @@ def keras_paths(weights):
     "The published program's paths, written out once more, by hand."
     found = {}
 
-    def put(path, value, kernel=False):
-        found[path] = (
-            value.detach().clone()
-            if not kernel
-            else value.detach().permute(2, 3, 1, 0)
-            if value.ndim == 4
-            else value.detach().T
-        )
+    def put(path, value):
+        found[path] = value.detach().clone()
 
-    put('class_emb', weights['cls_token']), put('pos_emb', weights['pos_embed'])
+    def put_kernel(path, value):
+        found[path] = value.detach().permute(2, 3, 1, 0) if value.ndim == 4 else value.detach().T
+
+    put('class_emb', weights['cls_token'])
+    put('pos_emb', weights['pos_embed'])
     layers = {'embedding': 'patch_embed.proj', 'head': 'head', 'representation': 'pre_logits.fc'}
     for i in range(2):
         block, ours = f'enc_layers/{i}', f'blocks.{i}'
@@ -105,24 +104,18 @@ def keras_paths(weights):
             f'{block}/mlp/layer_with_weights-1': f'{ours}.mlp.fc2',
         }
         for j, part in enumerate(('query', 'key', 'value')):
-            put(
-                f'{block}/att/{part}_dense/kernel',
-                weights[f'{ours}.attn.qkv.weight'].chunk(3)[j],
-                True,
-            )
+            kernel = weights[f'{ours}.attn.qkv.weight'].chunk(3)[j]
+            put_kernel(f'{block}/att/{part}_dense/kernel', kernel)
             put(f'{block}/att/{part}_dense/bias', weights[f'{ours}.attn.qkv.bias'].chunk(3)[j])
         for n in (1, 2):
-            (
-                put(f'{block}/layernorm{n}/gamma', weights[f'{ours}.norm{n}.weight']),
-                put(f'{block}/layernorm{n}/beta', weights[f'{ours}.norm{n}.bias']),
-            )
-    put('norm/gamma', weights['norm.weight']), put('norm/beta', weights['norm.bias'])
+            put(f'{block}/layernorm{n}/gamma', weights[f'{ours}.norm{n}.weight'])
+            put(f'{block}/layernorm{n}/beta', weights[f'{ours}.norm{n}.bias'])
+    put('norm/gamma', weights['norm.weight'])
+    put('norm/beta', weights['norm.bias'])
     for path, name in layers.items():
         if f'{name}.weight' in weights:
-            (
-                put(f'{path}/kernel', weights[f'{name}.weight'], True),
-                put(f'{path}/bias', weights[f'{name}.bias']),
-            )
+            put_kernel(f'{path}/kernel', weights[f'{name}.weight'])
+            put(f'{path}/bias', weights[f'{name}.bias'])
     return found
 
 
@@ -175,14 +168,11 @@ def bundle_of(path, model, kind='checkpoint', average=None, **kwargs):
 @pytest.mark.parametrize('kind', LAYOUTS)
 @pytest.mark.parametrize('representation', [0, 48])
 def test_every_kind_of_file(tmp_path, kind, representation, snappy, shards):
-    model, target = (
-        noisy(vit(representation=representation)),
-        vit(seed=1, representation=representation),
-    )
-    report = load_weights(
-        target,
-        bundle_of(tmp_path / 'last_checkpoint.index', model, kind, snappy=snappy, shards=shards),
-    )
+    model = noisy(vit(representation=representation))
+    target = vit(seed=1, representation=representation)
+    path = tmp_path / 'last_checkpoint.index'
+    bundle_of(path, model, kind, snappy=snappy, shards=shards)
+    report = load_weights(target, path)
     head = () if kind != 'backbone-weights' else ('head.weight', 'head.bias')
     assert (report.layout, report.missing, report.unexpected) == ('COYO-ViT', head, ())
     assert equal(
@@ -204,13 +194,11 @@ def test_averaged_weights(tmp_path, kind):
 def test_half_precision(tmp_path):
     model, target = noisy(vit()), vit(seed=1)
     for name, dtype in (('h', torch.float16), ('b', torch.bfloat16)):
-        load_weights(
-            target, bundle_of(tmp_path / f'{name}.index', noisy(vit()).to(dtype), snappy=True)
-        )
-        assert target.head.weight.dtype == torch.float32 and equal(
-            dict(target.state_dict()),
-            {k: v.to(dtype).float() for k, v in model.state_dict().items()},
-        )
+        path = bundle_of(tmp_path / f'{name}.index', noisy(vit()).to(dtype), snappy=True)
+        load_weights(target, path)
+        assert target.head.weight.dtype == torch.float32
+        rounded = {k: v.to(dtype).float() for k, v in model.state_dict().items()}
+        assert equal(dict(target.state_dict()), rounded)
 
 
 def test_a_damaged_tensor_is_named_and_the_model_left_alone(tmp_path):
@@ -229,24 +217,18 @@ def test_a_damaged_tensor_is_named_and_the_model_left_alone(tmp_path):
 
 def test_incomplete_files_are_refused(tmp_path):
     model = noisy(vit())
-    whole = {
-        key: value for key, value in open_bundle(bundle_of(tmp_path / 'x.index', model)).items()
-    }
+    whole = dict(open_bundle(bundle_of(tmp_path / 'x.index', model)))
     for lost, answer in (
         ('att/key_dense/bias', 'no key or value'),
         ('layernorm2/gamma', 'blocks.1.norm2.weight: not in the file'),
         ('backbone/pos_emb', 'pos_embed: not in the file'),
     ):
-        left = {
-            key: value
-            for key, value in whole.items()
-            if not (key.endswith(lost + VALUE) and '/0/' not in key)
-        }
-        assert len(left) < len(whole)
+        gone = {key for key in whole if key.endswith(lost + VALUE) and '/0/' not in key}
+        left = {key: value for key, value in whole.items() if key not in gone}
+        assert gone
+        path = write_bundle(tmp_path / 'y.index', left, names=lambda key: key)
         with pytest.raises(CheckpointError, match=answer):
-            load_weights(
-                vit(seed=1), write_bundle(tmp_path / 'y.index', left, names=lambda key: key)
-            )
+            load_weights(vit(seed=1), path)
 
 
 def test_another_depth_is_refused():
@@ -309,11 +291,8 @@ def test_hugging_face(tmp_path, start, name):
     else:
         torch.save(content, tmp_path / name)
     report = load_weights(target, tmp_path / name, head='keep')
-    assert (report.layout, report.missing, report.unexpected) == (
-        'Hugging Face ViT',
-        (),
-        (),
-    ) and "COYO-ViT's is gelu_tanh" in repr(report)
+    assert (report.layout, report.missing, report.unexpected) == ('Hugging Face ViT', (), ())
+    assert "COYO-ViT's is gelu_tanh" in repr(report)
     assert equal(dict(model.state_dict()), dict(target.state_dict()))
 
 
@@ -332,20 +311,15 @@ def test_a_head_without_its_representation_layer_is_left_out(tmp_path):
     path = save_checkpoint(
         tmp_path / 'last.pth.tar', pretrained, arch='coyo_vit_tiny_patch16_224', epoch=0
     )
-    for target in (
-        plain,
-        create_model('vit_tiny_patch16_224', 10, 64, act_layer='gelu_tanh', **TINY),
-    ):
+    by_timm = create_model('vit_tiny_patch16_224', 10, 64, act_layer='gelu_tanh', **TINY)
+    fate = '10 classes in the file on another representation layer, 10 in the model, fresh'
+    for target in (plain, by_timm):
         before = target.head.weight.clone()
         report = load_weights(target, path)
-        assert (
-            report.head
-            == '10 classes in the file on another representation layer, 10 in the model, fresh'
-            and report.missing == ('head.weight', 'head.bias')
-        )
-        assert torch.equal(target.head.weight, before) and torch.equal(
-            target.blocks[1].mlp.fc2.weight, pretrained.blocks[1].mlp.fc2.weight
-        )
+        assert (report.head, report.missing) == (fate, ('head.weight', 'head.bias'))
+        assert torch.equal(target.head.weight, before)
+        ours, stored = (model.blocks[1].mlp.fc2.weight for model in (target, pretrained))
+        assert torch.equal(ours, stored)
     with pytest.raises(
         CheckpointError, match='on another representation layer and 10 in the model'
     ):
@@ -375,23 +349,14 @@ def test_representation_of_another_width_is_refused(tmp_path):
 
 def test_logits_with_a_representation_layer():
     model, images = noisy(vit(representation=48)).eval(), torch.randn(2, 3, 64, 64)
-    tokens = (
-        model.norm(model.forward_features(images))[:, 0]
-        if not isinstance(model.norm, torch.nn.LayerNorm)
-        else model.forward_features(images)[:, 0]
-    )
-    expected = (
-        torch.tanh(tokens @ model.pre_logits.fc.weight.T + model.pre_logits.fc.bias)
-        @ model.head.weight.T
-        + model.head.bias
-    )
+    assert isinstance(model.norm, torch.nn.LayerNorm)  # it is in the features
+    features, layer, head = model.forward_features(images)[:, 0], model.pre_logits.fc, model.head
+    represented = torch.tanh(features @ layer.weight.T + layer.bias)
+    expected = represented @ head.weight.T + head.bias
     assert torch.allclose(model(images), expected, atol=1e-5) and model.head_hidden_size == 48
     model.reset_classifier(3)
-    assert (
-        model(images).shape == (2, 3)
-        and not model.head.weight.any()
-        and model.head.weight.requires_grad
-    )
+    assert model(images).shape == (2, 3)
+    assert not model.head.weight.any() and model.head.weight.requires_grad
     model.reset_classifier(0)
     assert model(images).shape == (2, 48)
 
@@ -525,7 +490,10 @@ def test_exported_and_rebuilt(tmp_path):
 )
 def test_known_to_a_program_that_imports_models_alone(tmp_path, asked):
     folder = export_model(tmp_path / 'gift', vit(), 'coyo_vit_tiny_patch16_224')
-    code = f'import sys; from fdsl_nb.models.models import create_model; print(type(create_model({asked})).__name__)'
+    code = (
+        'import sys; from fdsl_nb.models.models import create_model; '
+        f'print(type(create_model({asked})).__name__)'
+    )
     done = subprocess.run(
         [sys.executable, '-c', code, str(folder)], check=False, capture_output=True, text=True
     )

@@ -1,4 +1,7 @@
-"""Data sets of other people: found by entry points, wrapped where they are plain ones of PyTorch, and never in the place of ours."""
+"""Data sets of other packages: found by entry points, wrapped if they are plain ones of PyTorch.
+
+They never take the name of one of ours.
+"""
 
 import importlib, pickle, sys
 import numpy as np, pytest, torch
@@ -29,7 +32,9 @@ class Birds:
     def __init__(self, side): self.side = side
     def __len__(self): return 12
     def label(self, i): return i % 3
-    def __getitem__(self, i): return Image.fromarray(np.full((self.side, self.side), 20 * i, np.uint8)), self.label(i)
+    def __getitem__(self, i):
+        grey = np.full((self.side, self.side), 20 * i, np.uint8)
+        return Image.fromarray(grey), self.label(i)
 
 class Nothing:
     def __len__(self): return 1
@@ -72,18 +77,14 @@ def birds(tmp_path, monkeypatch):
 
 def test_another_package_brings_a_data_set(birds):
     train = open_dataset('birds', side=16)
-    assert (
-        isinstance(train, ImageDataset)
-        and train.classes == ['owl', 'wren', 'swan']
-        and len(train) == 12
-        and not train.multilabel
-    )
+    assert isinstance(train, ImageDataset)
+    assert train.classes == ['owl', 'wren', 'swan']
+    assert len(train) == 12
+    assert not train.multilabel
     image, label = train[5]
-    assert (
-        image.size == (16, 16)
-        and label == train.label(5) == 2
-        and open_dataset('birds', 'val') is None
-    )
+    assert image.size == (16, 16)
+    assert label == train.label(5) == 2
+    assert open_dataset('birds', 'val') is None
     with pytest.raises(FileNotFoundError, match='birds: /x is not there'):
         open_dataset('birds', data='/x')
     with pytest.raises(TypeError, match='sde'):
@@ -105,10 +106,8 @@ def test_what_another_package_lacks_is_said_with_its_name(birds):
 
 
 def test_names_of_ours_stay_ours(birds):
-    assert (
-        len(open_dataset('digits')) == 797
-        and type(open_dataset('rcdb', classes=2)).__name__ == 'FormulaDataset'
-    )
+    assert len(open_dataset('digits')) == 797
+    assert type(open_dataset('rcdb', classes=2)).__name__ == 'FormulaDataset'
     assert known_collections()[:5] == ['digits', 'cifar10', 'cifar100', 'imagenet', 'coyo']
 
 
@@ -121,11 +120,9 @@ def test_an_unknown_name_is_answered_with_the_nearest_of_all(birds):
 
 
 def test_nothing_is_imported_before_it_is_asked_for(birds):
-    assert (
-        'birds' in known_collections()
-        and named_dataset('birds', 'manifest.json') == 'birds'
-        and 'birds' not in sys.modules
-    )
+    assert 'birds' in known_collections()
+    assert named_dataset('birds', 'manifest.json') == 'birds'
+    assert 'birds' not in sys.modules
 
 
 def test_a_file_may_not_name_what_is_not_installed():
@@ -172,29 +169,24 @@ def test_a_plain_data_set_trains_like_one_of_ours():
     train, _ = make_loaders(dict(batch=4, seed=0, workers=0, image_size=8), {'train': Greys()})
     assert len(train) == 5 and not many_labels({'train': Greys()})
     rest, aside = hold_out(Greys(), 0.2)
-    assert (
-        isinstance(rest, Part)
-        and (len(rest), len(aside)) == (16, 4)
-        and aside.classes == ['dark', 'light']
-    )
+    assert isinstance(rest, Part)
+    assert (len(rest), len(aside)) == (16, 4)
+    assert aside.classes == ['dark', 'light']
     with pytest.raises(ValueError, match='labels=real needs images with file names'):
         picture_names(Greys())
 
 
 def test_what_a_plain_data_set_brings_is_used():
     images = pickle.loads(pickle.dumps(as_images(Named())))
-    assert (
-        isinstance(images, Adapted)
-        and images.multilabel
-        and images.train_loader(None, None) == 'my own'
-    )
-    assert picture_names(Named())[7] == '7.png' == Part(Named(), [3, 7]).name(1) and many_labels(
-        {'train': Named()}
-    )
+    assert isinstance(images, Adapted)
+    assert images.multilabel
+    assert images.train_loader(None, None) == 'my own'
+    assert picture_names(Named())[7] == '7.png'
+    assert Part(Named(), [3, 7]).name(1) == '7.png'
+    assert many_labels({'train': Named()})
 
 
 def test_ours_are_not_wrapped():
     cifar = CifarDataset(np.zeros((2, 32, 32, 3), np.uint8), np.array([0, 1]), ['a', 'b'])
-    assert (
-        as_images(cifar) is cifar and as_images(DigitsDataset()).name.__func__ is ImageDataset.name
-    )
+    assert as_images(cifar) is cifar
+    assert as_images(DigitsDataset()).name.__func__ is ImageDataset.name

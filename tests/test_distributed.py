@@ -14,7 +14,11 @@ from helpers import free_port
 
 from fdsl_nb.training.distributed import LAUNCHERS, found_ranks, launch
 
-HELLO = "import json; from fdsl_nb.training.distributed import launch; print(json.dumps(launch('fdsl_nb.training.distributed:say_hello', {})))"
+HELLO = '''
+import json
+from fdsl_nb.training.distributed import launch
+print(json.dumps(launch('fdsl_nb.training.distributed:say_hello', {})))
+'''
 
 
 @pytest.mark.process

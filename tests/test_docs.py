@@ -146,7 +146,7 @@ def test_commands_of_the_pages_name_parameters_that_exist():
 
 @pytest.mark.parametrize('path', [*PAGES, ROOT / 'README.md', *NOTEBOOKS], ids=lambda p: p.stem)
 def test_an_exported_network_is_opened_with_its_weights(path):
-    calls = re.findall(r"create_model\('local-dir:[^\n]*", path.read_text('utf-8'))
+    calls = re.findall(r"create_model\('local-dir:[^)]*\)", path.read_text('utf-8'))
     assert [call for call in calls if 'pretrained=True' not in call] == [], (
         'without pretrained=True timm makes random weights'
     )

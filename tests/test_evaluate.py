@@ -1,4 +1,5 @@
-"""Evaluation beyond its chapters: processes, layouts, ReaL, refusals, damaged files, and evaluate.ipynb as users start it."""
+"""Evaluation beyond its chapters: processes, layouts, ReaL, refusals, damaged files, and
+evaluate.ipynb as users start it."""
 
 import json
 import subprocess
@@ -346,7 +347,10 @@ def picture(path, value=0):
         (
             dict(dataset='rcdb'),
             CheckpointError,
-            'no head for dataset=.rcdb.: classes: 10 classes in the file, 1000 in the data; examine it on the data set',
+            (
+                'no head for dataset=.rcdb.: classes: 10 classes in the file, 1000 in the data; '
+                'examine it on the data set'
+            ),
         ),
         (dict(labels='real'), CheckpointError, '10 classes in the file, 1000 in the data'),
         (dict(batch=0), ValueError, 'batch=0: at least one image'),
@@ -421,7 +425,8 @@ def test_images_with_several_labels_have_figures_of_their_own(tmp_path, monkeypa
 
 @pytest.fixture(scope='module')
 def imagenet(tmp_path_factory):
-    "Twelve made-up pictures under names of validation images, in one folder; two have no labels. Weights of a network that answers one class for each brightness."
+    """Twelve made-up pictures under names of validation images, in one folder; two have no labels.
+    Weights of a network that answers one class for each brightness."""
     folder, sets = tmp_path_factory.mktemp('imagenet'), real_labels()
     numbers = [i for i, s in enumerate(sets) if not s][:2] + [i for i, s in enumerate(sets) if s][
         500:510

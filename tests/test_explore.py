@@ -1,4 +1,5 @@
-"""The explorer: what its sliders say is what is drawn, written down and run; and who gets a picture instead of sliders."""
+"""The explorer: what its sliders say is what is drawn, written down and run; and who gets a picture
+instead of sliders."""
 
 import math
 import base64, io, json, shlex, subprocess, sys
@@ -59,7 +60,7 @@ def own_folders(own_data_root, tmp_path, monkeypatch):
 
 
 def shown(explorer):
-    "What the explorer ought to show: its family, its settings, its class and instance, drawn without it."
+    "What the explorer ought to show: its family, settings, class and instance, drawn without it."
     return formula(explorer.family.value, **explorer.settings).render(
         explorer.cls.value, explorer.instance.value
     )

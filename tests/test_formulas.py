@@ -1,4 +1,4 @@
-"""The registry: families by entry points, this package's and others', by `@register`, and by module and class."""
+"""The registry: families by entry points, by `@register`, and by module and class."""
 
 import os
 import subprocess
@@ -30,7 +30,9 @@ class Spots(Formula):
     "One lit pixel."
     name = 'spots'
     def category(self, c): return c
-    def draw(self, c, k): return np.eye(1, self.size ** 2, c + k, np.uint8).reshape(self.size, self.size) * 255
+    def draw(self, c, k):
+        one = np.eye(1, self.size ** 2, c + k, np.uint8)
+        return one.reshape(self.size, self.size) * 255
 '''
 
 
@@ -68,7 +70,8 @@ def test_the_published_families_come_first_and_lead_to_their_classes():
 @pytest.mark.process
 def test_listing_names_loads_no_family(python):
     said = python(
-        "import sys; from fdsl_nb.formulas.formula import formulas; formulas(); print([m for m in sys.modules if m.startswith('fdsl_nb.formulas.')])",
+        'import sys; from fdsl_nb.formulas.formula import formulas; formulas(); '
+        "print([m for m in sys.modules if m.startswith('fdsl_nb.formulas.')])",
         '',
     )
     assert said == "['fdsl_nb.formulas.formula']"
@@ -77,7 +80,8 @@ def test_listing_names_loads_no_family(python):
 @pytest.mark.process
 def test_another_package_adds_a_family(python):
     said = python(
-        "import sys; from fdsl_nb.formulas.formula import formula, formulas; print(formulas()[8:], 'spots' in sys.modules, "
+        'import sys; from fdsl_nb.formulas.formula import formula, formulas; '
+        "print(formulas()[8:], 'spots' in sys.modules, "
         "formula('spots', size=8).render(0, 5).argmax(), 'spots' in sys.modules)",
         'spots = spots:Spots\n',
     )
@@ -87,7 +91,8 @@ def test_another_package_adds_a_family(python):
 @pytest.mark.process
 def test_a_file_may_name_a_family_that_is_installed(python):
     said = python(
-        "from fdsl_nb.formulas.formula import described_formula, formula; f = formula('spots', classes=3); print(described_formula(f.spec(), 'a file') == f)",
+        'from fdsl_nb.formulas.formula import described_formula, formula; '
+        "f = formula('spots', classes=3); print(described_formula(f.spec(), 'a file') == f)",
         'spots = spots:Spots\n',
     )
     assert said == 'True'
@@ -96,7 +101,8 @@ def test_a_file_may_name_a_family_that_is_installed(python):
 @pytest.mark.process
 def test_no_other_package_takes_a_published_name(python):
     said = python(
-        "from fdsl_nb.formulas.formula import formula_class, formulas; print(formula_class('rcdb').__module__, formulas().count('rcdb'))",
+        'from fdsl_nb.formulas.formula import formula_class, formulas; '
+        "print(formula_class('rcdb').__module__, formulas().count('rcdb'))",
         'rcdb = spots:Spots\n',
     )
     assert said == 'fdsl_nb.formulas.contours 1'
@@ -108,7 +114,10 @@ def test_no_other_package_takes_a_published_name(python):
     [
         (
             'spots = spots:np\n',
-            "TypeError: formula='spots' is no Formula; name a subclass of fdsl_nb.formulas.formula.Formula as module:Class",
+            (
+                "TypeError: formula='spots' is no Formula; "
+                'name a subclass of fdsl_nb.formulas.formula.Formula as module:Class'
+            ),
         ),
         (
             'spots = spots:Sports\n',
@@ -132,7 +141,8 @@ def test_a_class_may_be_entered_and_registered(python):
         '@dataclass', '@register\n@dataclass'
     )
     said = python(
-        "import spots; from fdsl_nb.formulas.formula import formulas; print(formulas().count('spots'))",
+        'import spots; from fdsl_nb.formulas.formula import formulas; '
+        "print(formulas().count('spots'))",
         'spots = spots:Spots\n',
         module,
     )

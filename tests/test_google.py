@@ -1,4 +1,4 @@
-"""Google's and ViT-pytorch's files: the published program's numbers, timm's own reader, and every way to be no such file."""
+"""Google's and ViT-pytorch's files: published numbers, timm's own reader, and bad files."""
 
 import random
 from pathlib import Path

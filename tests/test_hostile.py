@@ -1,6 +1,7 @@
-"""Files from others are data: they delete nothing, run nothing and lead nowhere outside their folder.
+"""Files from others are data: they delete nothing, run nothing, and stay within their folder.
 
-Every deletion and renaming is guarded: a test that would touch anything outside its own folder stops before it does.
+Every deletion and renaming is guarded: a test that would touch anything outside its own folder
+stops before it does.
 """
 
 import argparse
@@ -367,9 +368,8 @@ def test_published_names_import_no_module(tmp_path, bomb):
     ],
 )
 def test_a_manifest_names_no_address(address, tmp_path, bomb):
-    (tmp_path / 'pipe:touch exploded').write_bytes(
-        bytes(10240)
-    )  # a file of that name makes no difference
+    # a file of that name makes no difference
+    (tmp_path / 'pipe:touch exploded').write_bytes(bytes(10240))
     archive = packed(tmp_path / 'a.tar', ['cat/1.png', 'dog/2.png'])
     out = tmp_path / 'out'
     build(str(archive), out, workers=0, progress=print)
@@ -377,6 +377,19 @@ def test_a_manifest_names_no_address(address, tmp_path, bomb):
     edited(out / 'manifest.json', lambda m: m['source'].update(dataset=address))
     (out / 'cat' / 'cat_0000.png').unlink()
     with pytest.raises(ValueError, match='manifest.json'):
+        repair(out)
+
+
+@pytest.mark.parametrize('split', [5, None, ['train'], dict(train=1)], ids=str)
+def test_a_manifest_names_a_split_by_a_string(split, tmp_path):
+    archive = packed(tmp_path / 'a.tar', ['cat/1.png', 'dog/2.png'])
+    out = tmp_path / 'out'
+    build(str(archive), out, workers=0, progress=print)
+    edited(out / 'manifest.json', lambda m: m['source'].update(split=split))
+    (out / 'cat' / 'cat_0000.png').unlink()
+    with pytest.raises(ValueError, match='manifest.json: split=.* is no name of a split'):
+        source_of(out)
+    with pytest.raises(ValueError, match='manifest.json: split=.* is no name of a split'):
         repair(out)
 
 

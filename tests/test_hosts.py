@@ -47,7 +47,8 @@ import json, sys
 from fdsl_nb.core.folder import RunFolder
 from fdsl_nb.app.runs import configuration
 from fdsl_nb.training.training import run_training
-run_training(configuration('pretrain', dict(json.loads(sys.argv[2]), wandb_mode='disabled'), RunFolder(sys.argv[1])))
+given = dict(json.loads(sys.argv[2]), wandb_mode='disabled')
+run_training(configuration('pretrain', given, RunFolder(sys.argv[1])))
 '''
 
 
@@ -113,7 +114,10 @@ import sys
 from fdsl_nb.build.build import build, open_executor
 from fdsl_nb.formulas.contours import VisualAtom
 if __name__ == '__main__':
-    with open_executor('mpi') as executor: build(VisualAtom(classes=3, instances=40, size=96), sys.argv[1], workers=0, executor=executor, layout='shards', shard_images=50)
+    formula = VisualAtom(classes=3, instances=40, size=96)
+    how = dict(workers=0, layout='shards', shard_images=50)
+    with open_executor('mpi') as executor:
+        build(formula, sys.argv[1], executor=executor, **how)
 '''
 
 
@@ -140,7 +144,9 @@ def test_mpi_writes_the_same_bytes(tmp_path, through):
 
 @pytest.mark.slow
 def test_build_notebook_under_mpirun(tmp_path):
-    "Process 0 builds, the others work for it; a slip ends all with its reason; processes without a purpose are refused."
+    """Process 0 builds, the others work for it.
+
+    A mistake ends all with its reason; processes without a purpose are refused."""
     pytest.importorskip('mpi4py', reason='the extra mpi is not installed')
     words = '-p dataset visualatom -p classes 6 -p instances 20 -p shard_images 30'.split()
 
@@ -149,26 +155,19 @@ def test_build_notebook_under_mpirun(tmp_path):
             [CLUSTER / script, host_file(tmp_path, 3), *words, *more, '-p', 'run', tmp_path / name]
         )
 
-    assert (
-        run('good', '-p', 'layout', 'shards').returncode == 0
-        and RunFolder(tmp_path / 'good').state == 'done'
-        and verify(tmp_path / 'good' / 'data') == []
-    )
-    assert sorted(p.name for p in (tmp_path / 'good').glob('*.ipynb')) == [
-        'build-rank1.ipynb',
-        'build-rank2.ipynb',
-        'build.ipynb',
-    ]
-    assert (
-        run('slip', '-p', 'layout', 'shard').returncode != 0
-        and "did you mean 'shards'" in RunFolder(tmp_path / 'slip').status['reason']
-    )
+    def reason(name):
+        return RunFolder(tmp_path / name).status['reason']
+
+    assert run('good', '-p', 'layout', 'shards').returncode == 0
+    assert RunFolder(tmp_path / 'good').state == 'done'
+    assert verify(tmp_path / 'good' / 'data') == []
+    notebooks = sorted(p.name for p in (tmp_path / 'good').glob('*.ipynb'))
+    assert notebooks == ['build-rank1.ipynb', 'build-rank2.ipynb', 'build.ipynb']
+    assert run('mistake', '-p', 'layout', 'shard').returncode != 0
+    assert "did you mean 'shards'" in reason('mistake')
     words.insert(0, 'build')
-    assert (
-        run('crowd', script='openmpi.sh').returncode != 0
-        and 'OpenMPI started 3 processes, and scheduler=None'
-        in RunFolder(tmp_path / 'crowd').status['reason']
-    )
+    assert run('crowd', script='openmpi.sh').returncode != 0
+    assert 'OpenMPI started 3 processes, and scheduler=None' in reason('crowd')
 
 
 def test_mpi_for_one_process_is_explained():
@@ -178,10 +177,8 @@ def test_mpi_for_one_process_is_explained():
     done = subprocess.run(
         [sys.executable, '-c', code], check=False, capture_output=True, text=True, timeout=60
     )
-    assert (
-        'start it and its workers with mpirun -np N' in done.stderr
-        or 'finds no MPI on this machine' in done.stderr
-    )
+    said = 'start it and its workers with mpirun -np N', 'finds no MPI on this machine'
+    assert any(words in done.stderr for words in said)
 
 
 def words(folder, **parameters):
@@ -189,48 +186,34 @@ def words(folder, **parameters):
 
 
 def test_mpirun_trains_as_local_processes_do(local, tmp_path):
-    "By the script of the documentation: one run folder, a notebook a rank, and the weights of two local processes."
-    done = under_mpi(
-        [
-            CLUSTER / 'openmpi.sh',
-            host_file(tmp_path, 2),
-            'pretrain',
-            *words(tmp_path / 'mpi', **SMALL),
-        ]
-    )
+    """By the script of the documentation: one run folder and a notebook a rank.
+
+    The weights are those of two local processes."""
+    run, script = tmp_path / 'mpi', CLUSTER / 'openmpi.sh'
+    done = under_mpi([script, host_file(tmp_path, 2), 'pretrain', *words(run, **SMALL)])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert RunFolder(tmp_path / 'mpi').state == 'done' and {
-        'pretrain.ipynb',
-        'pretrain-rank1.ipynb',
-        'summary.csv',
-    } <= {p.name for p in (tmp_path / 'mpi').iterdir()}
-    assert [
-        json.loads(line)['processes']
-        for line in (tmp_path / 'mpi' / 'log.jsonl').read_text().splitlines()
-        if 'processes' in line
-    ] == [2]
-    assert differing(tmp_path / 'mpi', local / 'run') == []
-    assert (tmp_path / 'mpi' / 'summary.csv').read_text() == (
-        local / 'run' / 'summary.csv'
-    ).read_text()
+    assert RunFolder(run).state == 'done'
+    for name in ('pretrain.ipynb', 'pretrain-rank1.ipynb', 'summary.csv'):
+        assert (run / name).exists()
+    log = (run / 'log.jsonl').read_text().splitlines()
+    assert [json.loads(line)['processes'] for line in log if 'processes' in line] == [2]
+    assert differing(run, local / 'run') == []
+    assert (run / 'summary.csv').read_text() == (local / 'run' / 'summary.csv').read_text()
 
 
 @pytest.mark.slow
 def test_papermill_under_mpirun(tmp_path):
     "As the published programs are started, with papermill itself; a short run of two processes."
-    (tmp_path / 'run').mkdir()
-    notebook = f'{sys.executable} -m papermill {NBS}/pretrain.ipynb {tmp_path}/run/rank$OMPI_COMM_WORLD_RANK.ipynb --no-progress-bar'
-    done = mpirun(
-        2,
-        'bash',
-        '-c',
-        ' '.join([notebook, *(f'-p {k} {v}' for k, v in SMALL.items())]),
-        MASTER_ADDR=socket.gethostname(),
-    )
+    run = tmp_path / 'run'
+    run.mkdir()
+    papermill = f'{sys.executable} -m papermill --no-progress-bar'
+    files = f'{NBS}/pretrain.ipynb {run}/rank$OMPI_COMM_WORLD_RANK.ipynb'
+    given = ' '.join(f'-p {k} {v}' for k, v in SMALL.items())
+    line = f'{papermill} {files} {given}'
+    done = mpirun(2, 'bash', '-c', line, MASTER_ADDR=socket.gethostname())
     assert done.returncode == 0, done.stderr
-    assert RunFolder(tmp_path / 'run').state == 'done' and {'rank0.ipynb', 'rank1.ipynb'} <= {
-        p.name for p in (tmp_path / 'run').iterdir()
-    }
+    assert RunFolder(run).state == 'done'
+    assert (run / 'rank0.ipynb').exists() and (run / 'rank1.ipynb').exists()
 
 
 FAULTY = '''
@@ -252,56 +235,44 @@ class Faulty(Formula):
 
 def test_a_failing_rank_ends_all_and_says_why(tmp_path):
     (tmp_path / 'faulty_squares.py').write_text(FAULTY)
-    given = SMALL | dict(dataset='faulty_squares:Faulty', size=32)
-    done = under_mpi(
-        [
-            CLUSTER / 'openmpi.sh',
-            host_file(tmp_path, 2),
-            'pretrain',
-            *words(tmp_path / 'run', **given),
-        ],
-        PYTHONPATH=str(tmp_path),
-    )
+    given = words(tmp_path / 'run', **SMALL | dict(dataset='faulty_squares:Faulty', size=32))
+    command = [CLUSTER / 'openmpi.sh', host_file(tmp_path, 2), 'pretrain', *given]
+    done = under_mpi(command, PYTHONPATH=str(tmp_path))
     ended = time.time()
     assert done.returncode != 0
-    failed = float(
-        next(
-            line for line in (done.stdout + done.stderr).splitlines() if 'failed at' in line
-        ).split()[-1]
-    )
+    said = (done.stdout + done.stderr).splitlines()
+    failed = next(float(line.split()[-1]) for line in said if 'failed at' in line)
     assert ended - failed < 10
-    assert (
-        RunFolder(tmp_path / 'run').state == 'failed'
-        and RunFolder(tmp_path / 'run').status['reason']
-        == 'process 1 of 2: OSError: the disk of process 1 is gone'
-    )
+    run = RunFolder(tmp_path / 'run')
+    assert run.state == 'failed'
+    assert run.status['reason'] == 'process 1 of 2: OSError: the disk of process 1 is gone'
 
 
 # SLURM, acted
 
 SRUN = '''#!/bin/bash
 while [[ $1 == --* ]]; do echo "srun $1"; shift; done
-for n in 0 1; do SLURM_PROCID=$n SLURM_NTASKS=2 SLURM_LOCALID=$n SLURM_NNODES=1 "$@" & ids+=($!); done
+export SLURM_NTASKS=2 SLURM_NNODES=1
+for n in 0 1; do SLURM_PROCID=$n SLURM_LOCALID=$n "$@" & ids+=($!); done
 for id in "${ids[@]}"; do wait $id || exit 1; done
+'''
+SCONTROL = '''#!/bin/bash
+[ "$*" == "show hostnames node[1-2]" ] && echo localhost && seq -f node%g 2 50000
 '''
 
 
 @pytest.mark.slow
 def test_the_slurm_script_trains(local, tmp_path):
-    "With actors for srun and scontrol: two tasks, which meet at the first of the hosts that scontrol names, however many they are."
-    (tmp_path / 'bin').mkdir()
-    for name, text in (
-        ('srun', SRUN),
-        (
-            'scontrol',
-            '#!/bin/bash\n[ "$*" == "show hostnames node[1-2]" ] && echo localhost && seq -f node%g 2 50000\n',
-        ),
-    ):
-        (tmp_path / 'bin' / name).write_text(text)
-        (tmp_path / 'bin' / name).chmod(0o755)
-    path = os.pathsep.join(
-        [str(tmp_path / 'bin'), str(Path(sys.executable).parent), os.environ['PATH']]
-    )
+    """With stand-ins for srun and scontrol: two tasks.
+
+    They meet at the first of the hosts that scontrol names, however many they are."""
+    programs = tmp_path / 'bin'
+    programs.mkdir()
+    for name, text in dict(srun=SRUN, scontrol=SCONTROL).items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    beside = str(Path(sys.executable).parent)
+    path = os.pathsep.join([str(programs), beside, os.environ['PATH']])
     job = {
         'SLURM_JOB_NODELIST': 'node[1-2]',
         'SLURM_JOB_ID': '4711',
@@ -317,9 +288,8 @@ def test_the_slurm_script_trains(local, tmp_path):
         env={**os.environ, **QUIET, **job},
         timeout=300,
     )
-    assert done.returncode == 0 and 'srun --kill-on-bad-exit=1' in done.stdout, (
-        done.stdout + done.stderr
-    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and 'srun --kill-on-bad-exit=1' in done.stdout, said
     assert differing(tmp_path / 'run', local / 'run') == []
 
 
@@ -327,52 +297,34 @@ def test_the_slurm_script_trains(local, tmp_path):
 
 
 def host(n, *command):
-    return [
-        'ip',
-        'netns',
-        'exec',
-        f'fdsl-{os.getpid()}-{n}',
-        'unshare',
-        '--uts',
-        'sh',
-        '-c',
-        f'hostname fdsl-{n}; exec "$@"',
-        'sh',
-        *map(str, command),
-    ]
+    "The command, with what makes it run on host `n`."
+    namespace = f'ip netns exec fdsl-{os.getpid()}-{n} unshare --uts'.split()
+    named = ['sh', '-c', f'hostname fdsl-{n}; exec "$@"', 'sh']
+    return [*namespace, *named, *map(str, command)]
 
 
 @pytest.fixture(scope='module')
 def hosts():
-    "Two network namespaces joined by a cable, each with a name and an address of its own: what connects them is the network, as between machines."
+    """Two network namespaces joined by a cable, each with its own name and address.
+
+    What connects them is the network, as between machines."""
     pid, done = os.getpid(), []
 
-    def ip(*words):
-        done.append(subprocess.run(['ip', *words], check=False, capture_output=True, text=True))
+    def ip(line):
+        words = ['ip', *line.split()]
+        done.append(subprocess.run(words, check=False, capture_output=True, text=True))
 
     if not all(map(shutil.which, ('ip', 'unshare'))):
         pytest.skip('the programs ip and unshare are needed to make hosts')
     for n in (0, 1):
-        ip('netns', 'add', f'fdsl-{pid}-{n}')
-    ip(
-        'link',
-        'add',
-        f'fdsl{pid % 10**6}a',
-        'netns',
-        f'fdsl-{pid}-0',
-        'type',
-        'veth',
-        'peer',
-        'name',
-        f'fdsl{pid % 10**6}b',
-        'netns',
-        f'fdsl-{pid}-1',
-    )
-    for n, name in enumerate((f'fdsl{pid % 10**6}a', f'fdsl{pid % 10**6}b')):
-        ip('-n', f'fdsl-{pid}-{n}', 'link', 'set', name, 'name', 'net0')
-        ip('-n', f'fdsl-{pid}-{n}', 'addr', 'add', f'10.77.0.{n + 1}/24', 'dev', 'net0')
+        ip(f'netns add fdsl-{pid}-{n}')
+    ends = f'fdsl{pid % 10**6}a', f'fdsl{pid % 10**6}b'
+    ip(f'link add {ends[0]} netns fdsl-{pid}-0 type veth peer name {ends[1]} netns fdsl-{pid}-1')
+    for n, end in enumerate(ends):
+        ip(f'-n fdsl-{pid}-{n} link set {end} name net0')
+        ip(f'-n fdsl-{pid}-{n} addr add 10.77.0.{n + 1}/24 dev net0')
         for device in ('lo', 'net0'):
-            ip('-n', f'fdsl-{pid}-{n}', 'link', 'set', device, 'up')
+            ip(f'-n fdsl-{pid}-{n} link set {device} up')
     refused = next((d.stderr.strip() for d in done if d.returncode), '')
     try:
         if refused:
@@ -380,95 +332,79 @@ def hosts():
         yield
     finally:
         for n in (0, 1):
-            ip('netns', 'del', f'fdsl-{pid}-{n}')
+            ip(f'netns del fdsl-{pid}-{n}')
 
 
 def on_both(commands, timeout=240, **more):
     "Runs a command on each host at once; (exit status, all that was said) of each."
     environment = {**os.environ, **QUIET, 'GLOO_SOCKET_IFNAME': 'net0', **more}
-    running = [
-        subprocess.Popen(
-            host(n, *command),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
-        for n, command in enumerate(commands)
-    ]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    running, ended = [], []
     try:
-        return [(p.communicate(timeout=timeout)[0], p.returncode)[::-1] for p in running]
+        for n, command in enumerate(commands):
+            running.append(subprocess.Popen(host(n, *command), env=environment, **pipes))
+        for p in running:
+            said, _ = p.communicate(timeout=timeout)
+            ended.append((p.returncode, said))
+        return ended
     finally:
         for p in running:
             p.kill()
 
 
+LISTEN = '''
+import socket
+server = socket.create_server(('127.0.0.1', 29777))
+server.settimeout(3)
+server.accept()
+'''
+KNOCK = '''
+import socket, time
+time.sleep(1)
+socket.create_connection(('127.0.0.1', 29777), 1)
+'''
+
+
 def test_hosts_are_two(hosts):
     "They have their own names, and neither reaches the other's or this machine's loopback."
-    listen = (
-        "import socket; s = socket.create_server(('127.0.0.1', 29777)); s.settimeout(3); s.accept()"
-    )
-    assert [said.strip() for _, said in on_both([['hostname']] * 2)] == [
-        'fdsl-0',
-        'fdsl-1',
-    ] and socket.gethostname() not in ('fdsl-0', 'fdsl-1')
-    knock = "import socket, time; time.sleep(1); socket.create_connection(('127.0.0.1', 29777), 1)"
-    assert [
-        status
-        for status, _ in on_both([[sys.executable, '-c', listen], [sys.executable, '-c', knock]])
-    ] == [1, 1]
+    named = [said.strip() for _, said in on_both([['hostname']] * 2)]
+    assert named == ['fdsl-0', 'fdsl-1'] and socket.gethostname() not in named
+    commands = [[sys.executable, '-c', code] for code in (LISTEN, KNOCK)]
+    assert [status for status, _ in on_both(commands)] == [1, 1]
+
+
+SLOWLY = 'torchrun', 'words of OpenMPI', 'words of SLURM'
+NAMES = {
+    'by hand': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
+    'words of OpenMPI': (
+        'OMPI_COMM_WORLD_RANK',
+        'OMPI_COMM_WORLD_SIZE',
+        'OMPI_COMM_WORLD_LOCAL_RANK',
+    ),
+    'words of SLURM': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+}
+
+
+def on_host(n, launcher, words):
+    "The command that starts the only rank of host `n`."
+    if launcher != 'torchrun':
+        rank, world, local = NAMES[launcher]
+        return ['env', f'{rank}={n}', f'{world}=2', f'{local}=0', sys.executable, *words]
+    place = '--master-addr 10.77.0.1 --master-port 29612'.split()
+    torchrun = [sys.executable, '-m', 'torch.distributed.run']
+    return [*torchrun, '--nnodes', 2, '--node-rank', n, *place, *words]
 
 
 @pytest.mark.parametrize(
-    'launcher',
-    [
-        'by hand',
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ('torchrun', 'words of OpenMPI', 'words of SLURM')
-        ),
-    ],
+    'launcher', ['by hand', *(pytest.param(name, marks=pytest.mark.slow) for name in SLOWLY)]
 )
 def test_two_hosts_train_as_two_processes_do(hosts, local, tmp_path, launcher):
     "MASTER_ADDR is the first host's address, as the published programs set it."
     meeting = dict(MASTER_ADDR='10.77.0.1', MASTER_PORT='29611')
     words = [local / 'rank.py', tmp_path / 'run', json.dumps(SMALL)]
-    names = {
-        'by hand': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
-        'words of OpenMPI': (
-            'OMPI_COMM_WORLD_RANK',
-            'OMPI_COMM_WORLD_SIZE',
-            'OMPI_COMM_WORLD_LOCAL_RANK',
-        ),
-        'words of SLURM': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
-    }.get(launcher)
-    if names:
-        commands = [
-            ['env', f'{names[0]}={n}', f'{names[1]}=2', f'{names[2]}=0', sys.executable, *words]
-            for n in (0, 1)
-        ]
-    else:
-        commands = [
-            [
-                sys.executable,
-                '-m',
-                'torch.distributed.run',
-                '--nnodes',
-                2,
-                '--node-rank',
-                n,
-                '--master-addr',
-                '10.77.0.1',
-                '--master-port',
-                '29612',
-                *words,
-            ]
-            for n in (0, 1)
-        ]
-    for status, said in on_both(commands, **meeting):
-        assert status == 0, said
-    assert (
-        RunFolder(tmp_path / 'run').status['host'] == 'fdsl-0'
-        and RunFolder(tmp_path / 'run').status['state'] == 'done'
-    )
+    commands = [on_host(n, launcher, words) for n in (0, 1)]
+    for code, said in on_both(commands, **meeting):
+        assert code == 0, said
+    status = RunFolder(tmp_path / 'run').status
+    assert (status['host'], status['state']) == ('fdsl-0', 'done')
     assert differing(tmp_path / 'run', local / 'run') == []

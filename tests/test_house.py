@@ -1,4 +1,4 @@
-"""The rules of the house. Each failure says what to do about it; CONTRIBUTING.md says why."""
+"""The rules of this repository. Each failure says what to do; CONTRIBUTING.md says why."""
 
 import ast
 import configparser
@@ -37,8 +37,8 @@ pytestmark = pytest.mark.process  # nbdev, ruff and git
 # Modules written by hand, which no notebook exports. A new one needs a reason beside it.
 PLAIN_MODULES = {
     '__init__.py',  # the version, read by setuptools, and the names most used
-    'training/worker.py',
-}  # started with `python -m`, so importing it must do no more than that
+    'training/worker.py',  # started with `python -m`, so importing it must do no more than that
+}
 
 
 def text_of(path):
@@ -91,8 +91,8 @@ def each(paths):
 
 @pytest.fixture(scope='module')
 def fresh(tmp_path_factory):
-    "A copy of the house without its modules, exported and cleaned anew."
-    copy = tmp_path_factory.mktemp('house')
+    "A copy of the repository without its modules, exported and cleaned anew."
+    copy = tmp_path_factory.mktemp('repository')
     plain = [ROOT / 'fdsl_nb' / name for name in PLAIN_MODULES]
     for path in [ROOT / 'pyproject.toml', *NOTEBOOKS, *plain]:
         to = copy / path.relative_to(ROOT)
@@ -167,7 +167,7 @@ def test_numbers_of_a_package_have_no_gap(package):
 
 @pytest.fixture(scope='module')
 def found_arrows():
-    "Imports among our modules. fdsl_nb/__init__.py stands above, and is asked for the version alone."
+    "Imports among our modules, without fdsl_nb/__init__.py, which is above all of them."
     found = arrows(modules_in(ROOT))
     return [a for a in found if 'fdsl_nb' not in (a.source, a.target)]
 
@@ -317,8 +317,8 @@ def test_runs_have_typed_parameters_with_help(path):
     # papermill is the judge: what it cannot read, `--help-notebook` and a reader do not see
     read = papermill.inspect_notebook(str(path))
     written = [line.split(':')[0].strip() for line in lines if not line.startswith('#')]
-    form = re.compile(r'[a-z]\w*: [A-Za-z][\w\[\], ]* = [^=]+?  # \S[^=]*')
-    faults = [f'no such form: {line}' for line in lines if not form.fullmatch(line)]
+    pattern = re.compile(r'[a-z]\w*: [A-Za-z][\w\[\], ]* = [^=]+?  # \S[^=]*')
+    faults = [f'another syntax: {line}' for line in lines if not pattern.fullmatch(line)]
     for name in written:
         known = read.get(name)
         if known is None or known['inferred_type_name'] in ('', 'None') or not known['help']:
@@ -353,8 +353,8 @@ def test_runs_only_call_the_library(path):
 def test_runs_are_stored_without_outputs(path):
     refuse(
         (first_line(c) for c in code_cells(path) if c['outputs'] or c['execution_count']),
-        f'{name_of(path)} is a form, not a result; clear all outputs (Jupyter: Edit › Clear Outputs '
-        'of All Cells) and save',
+        f'{name_of(path)} holds parameters, not results; clear all outputs '
+        '(Jupyter: Edit › Clear Outputs of All Cells) and save',
     )
 
 

@@ -119,7 +119,7 @@ def test_onepfrac_systems_and_pixels(item):
 
 
 def test_reference_goes_through_weights_draws_and_flips():
-    "The order, names and stream of the published loop, on small pictures, also where only some instances are asked for."
+    "Order, names and stream of the published loop, also where only some instances are asked for."
     rng, expected = PythonRandom(3), []
     for c in range(2):
         for row in range(25):
@@ -218,7 +218,11 @@ def test_order_and_threads_change_nothing(f):
 
 @pytest.mark.process
 def test_another_process_draws_the_same():
-    code = "import hashlib; from fdsl_nb.formulas.formula import formula; print(hashlib.sha256(formula('fractaldb', classes=50, size=64, points=4000).render(49, 999).tobytes()).hexdigest())"
+    code = (
+        'import hashlib; from fdsl_nb.formulas.formula import formula; '
+        "f = formula('fractaldb', classes=50, size=64, points=4000); "
+        'print(hashlib.sha256(f.render(49, 999).tobytes()).hexdigest())'
+    )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == CANONICAL[f'fractaldb-{FAMILIES[0].fingerprint()}']['49 999']
 

@@ -1,4 +1,4 @@
-"""The 3-D fractals against the published programs' outputs, and against themselves: any order, any thread, any fault."""
+"""The 3-D fractals against the published outputs, and in any order, thread and with any fault."""
 
 import itertools, json, math, tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +45,7 @@ def found():
 def test_search_finds_the_published_systems(published, found):
     for ours, theirs in zip(found, published['categories'], strict=True):
         assert ours.dtype == np.float64
-        # coefficients are random numbers alone; p goes through the linear algebra library of the machine
+        # coefficients are random numbers alone; p goes through the machine's linear algebra library
         assert np.array_equal(ours[:, :12], np.array(theirs)[:, :12])
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
 

@@ -1,4 +1,7 @@
-"""Inception's transforms against plain NumPy on awkward sizes; chance from the address alone; reversed mixing by hand."""
+"""Inception's transforms against plain NumPy on awkward sizes; reversed mixing by hand.
+
+Random numbers depend on the address alone.
+"""
 
 import numpy as np
 import pytest
@@ -47,7 +50,8 @@ def test_crops_keep_to_their_limits(height, width):
         cut[:, 3] <= 1.33 * cut[:, 2] + 0.5
     ).all()
     if min(height, width) > 100:
-        # heights are drawn evenly: with one shape, all that are possible come about equally often, and no crop ends at the far edge
+        # heights are drawn evenly: with one shape, all that are possible come about equally often,
+        # and no crop ends at the far edge
         heights = np.array(
             [crop_box(height, width, ratio=(1.0, 1.0), generator=seeded(s))[2] for s in range(1500)]
         )

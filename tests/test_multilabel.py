@@ -1,4 +1,7 @@
-"""Loss and figures for many labels: vectors worked out by hand, scikit-learn as a second opinion, many processes against one."""
+"""Loss and figures for many labels.
+
+Vectors worked out by hand, scikit-learn as a second opinion, many processes against one.
+"""
 
 import json
 import math
@@ -48,14 +51,10 @@ def counted(logits, targets, batch=8, classes=None):
 
 
 def test_loss_of_a_hand_made_batch():
-    logits, targets = (
-        torch.tensor([[0.0, math.log(3)], [-math.log(3), 0.0]]),
-        torch.tensor([[1.0, 1.0], [1.0, 0.0]]),
-    )
-    first, second = (
-        math.log(2) - math.log(0.75),
-        -math.log(0.25) + math.log(2),
-    )  # chances 1/2 and 3/4; 1/4 and 1/2
+    logits = torch.tensor([[0.0, math.log(3)], [-math.log(3), 0.0]])
+    targets = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
+    first = math.log(2) - math.log(0.75)  # chances 1/2 and 3/4
+    second = -math.log(0.25) + math.log(2)  # chances 1/4 and 1/2
     assert MultiLabelLoss()(logits, targets).item() == pytest.approx((first + second) / 2, rel=1e-6)
     half = torch.full((2, 2), 0.5)
     assert MultiLabelLoss()(torch.zeros(2, 2), half).item() == pytest.approx(
@@ -71,11 +70,9 @@ def test_smoothing_is_for_training_only(clip):
     expected = -(y * p.log() + (1 - y) * (1 - p).log()).sum(1).mean().item()
     assert MultiLabelLoss(0.2, clip)(logits, targets).item() == pytest.approx(expected, rel=1e-5)
     with torch.no_grad():
-        assert (
-            MultiLabelLoss(0.2, clip)(logits, targets).item()
-            == MultiLabelLoss(0.0, clip)(logits, targets).item()
-            != pytest.approx(expected, rel=1e-3)
-        )
+        measured = MultiLabelLoss(0.2, clip)(logits, targets).item()
+        assert measured == MultiLabelLoss(0.0, clip)(logits, targets).item()
+        assert measured != pytest.approx(expected, rel=1e-3)
 
 
 def test_the_published_clip_caps_a_class_and_kills_its_gradient():
@@ -87,18 +84,16 @@ def test_the_published_clip_caps_a_class_and_kills_its_gradient():
             logits = torch.tensor([[x]], requires_grad=True)
             found = loss(logits, torch.tensor([[y]]))
             found.backward()
-            assert found.item() == pytest.approx(value, rel=1e-6) and abs(
-                logits.grad.item()
-            ) == pytest.approx(slope, abs=1e-6)
+            assert found.item() == pytest.approx(value, rel=1e-6)
+            assert abs(logits.grad.item()) == pytest.approx(slope, abs=1e-6)
     assert -math.log(1e-7) == pytest.approx(16.1, abs=0.05)
 
 
 def test_low_precision_logits_do_not_spoil_the_loss():
     logits, targets = some_answers()
     assert MultiLabelLoss()(logits.bfloat16(), targets).dtype == torch.float32
-    assert (
-        counted(logits.bfloat16(), targets).loss == counted(logits.bfloat16().float(), targets).loss
-    )
+    low = logits.bfloat16()
+    assert counted(low, targets).loss == counted(low.float(), targets).loss
 
 
 def test_ranks_by_hand():
@@ -131,12 +126,12 @@ def test_figures_by_hand():
     ]
     assert e.micro_f1 == 2 * 2 / (2 * 2 + 3 + 2)
     assert e.macro_f1 == pytest.approx((1 / 2 + 2 / 3 + 0 + 0) / 4)
-    # class 0, from the top: yes, no, no, yes; class 1: yes, then one yes and one no together, then no
+    # class 0, from the top: yes, no, no, yes
+    # class 1: yes, then one yes and one no together, then no
     assert e.precisions[:2] == pytest.approx([(1 + 2 / 4) / 2, (1 + 2 / 3) / 2])
     assert np.isnan(e.precisions[2:]).all() and e.mean_ap == pytest.approx((0.75 + 5 / 6) / 2)
-    assert e.exact_areas[:2] == pytest.approx([0.5, 3.5 / 4]) and e.published_auc == pytest.approx(
-        (0.5 + 0.875) / 4
-    )
+    assert e.exact_areas[:2] == pytest.approx([0.5, 3.5 / 4])
+    assert e.published_auc == pytest.approx((0.5 + 0.875) / 4)
 
 
 def test_drawers_are_those_of_two_hundred_thresholds():
@@ -193,10 +188,8 @@ def test_order_of_images_changes_nothing():
 
 def test_soft_targets_count_as_labels():
     logits, targets = some_answers()
-    a, b = (
-        counted(logits, targets),
-        counted(logits, targets / targets.sum(1, keepdim=True).clamp(min=1)),
-    )
+    shares = targets / targets.sum(1, keepdim=True).clamp(min=1)
+    a, b = counted(logits, targets), counted(logits, shares)
     np.testing.assert_array_equal(a.ranks, b.ranks)
     np.testing.assert_array_equal(a.precisions, b.precisions)
     assert a.loss != b.loss
@@ -213,23 +206,17 @@ def share(config):
     "This process's part of the answers, counted; every third process gets none of the last images."
     with join():
         logits, targets = some_answers(config['images'])
-        e = counted(
-            logits[rank() :: world()], targets[rank() :: world()], config['batch'], classes=300
-        )
-        return json.loads(
-            json.dumps(
-                {name: getattr(e, name).tolist() for name in COUNTS} | {'figures': e.figures()}
-            )
-        )
+        own = slice(rank(), None, world())
+        e = counted(logits[own], targets[own], config['batch'], classes=300)
+        found = {name: getattr(e, name).tolist() for name in COUNTS}
+        return json.loads(json.dumps(found | {'figures': e.figures()}))
 
 
 @pytest.mark.process
 @pytest.mark.parametrize('images', [41, 1], ids=['41 images', 'one image'])
 def test_two_processes_count_as_one_does(images, monkeypatch):
     monkeypatch.setenv('PYTHONPATH', str(Path(__file__).parent))
-    alone, two = (
-        share({'images': images, 'batch': 8}),
-        launch('test_multilabel:share', {'images': images, 'batch': 5}, 2),
-    )
+    alone = share({'images': images, 'batch': 8})
+    two = launch('test_multilabel:share', {'images': images, 'batch': 5}, 2)
     assert alone['figures'].pop('loss') == pytest.approx(two['figures'].pop('loss'), rel=1e-12)
     assert str(alone) == str(two)  # as text, because nan is not equal to itself

@@ -1,4 +1,7 @@
-"""Every published option of training does what it says: small runs, one or two epochs, looked at from inside."""
+"""Every published option of training does what it says.
+
+Small runs of one or two epochs, looked at from inside.
+"""
 
 import math
 import os
@@ -38,9 +41,8 @@ from training_helpers import (
 
 pytestmark = pytest.mark.long
 
-DIGITS = dict(
-    dataset='digits', knobs={}, batch=160, epochs=1
-)  # 797 images, and splits to measure on
+# 797 images, and splits to evaluate on
+DIGITS = dict(dataset='digits', knobs={}, batch=160, epochs=1)
 
 
 def weights(folder, name='last.pth.tar', entry='state_dict'):
@@ -69,8 +71,8 @@ def as_timm(steps, metrics=None, **flags):
     rates, done = [], 0
     if flags.get('sched_on_updates'):
         schedule.step_update(0)
-    else:
-        schedule.step(0) if metrics is None else None
+    elif metrics is None:
+        schedule.step(0)
     for epoch in range(int(epochs)):
         for _ in range(steps):
             rates.append(optimizer.param_groups[0]['lr'])
@@ -80,76 +82,50 @@ def as_timm(steps, metrics=None, **flags):
     return rates
 
 
-@pytest.mark.parametrize(
-    'flags, options',
-    [
-        (dict(sched='cosine', epochs=6, sched_on_updates=True), dict()),
-        (dict(sched='tanh', epochs=6), dict(schedule='tanh', per_step=False)),
-        (
-            dict(sched='step', epochs=6, decay_epochs=2, decay_rate=0.3),
-            dict(schedule='step', decay_epochs=2, decay_rate=0.3, per_step=False),
-        ),
-        (
-            dict(sched='cosine', epochs=6, warmup_epochs=2, warmup_lr=1e-5),
-            dict(warmup_epochs=2, warmup_lr=1e-5, per_step=False),
-        ),
-        (
-            dict(
-                sched='cosine', epochs=6, warmup_epochs=1.5, warmup_lr=1e-5, sched_on_updates=True
-            ),
-            dict(warmup_steps=3, warmup_lr=1e-5),
-        ),
-        (
-            dict(
-                sched='cosine',
-                epochs=6,
-                sched_on_updates=True,
-                lr_noise=[0.3, 0.9],
-                lr_noise_pct=0.4,
-                lr_noise_std=0.5,
-            ),
-            dict(noise=(0.3, 0.9), noise_pct=0.4, noise_std=0.5),
-        ),
-        (
-            dict(sched='cosine', epochs=3, lr_cycle_limit=2, lr_cycle_decay=0.5),
-            dict(cycle_limit=2, per_step=False),
-        ),
-        (
-            dict(
-                sched='cosine',
-                epochs=2,
-                lr_cycle_limit=2,
-                lr_cycle_mul=2.0,
-                lr_cycle_decay=0.4,
-                sched_on_updates=True,
-            ),
-            dict(cycle_limit=2, cycle_mul=2.0, cycle_decay=0.4),
-        ),
-        (
-            dict(sched='cosine', epochs=4, cooldown_epochs=2),
-            dict(cooldown_epochs=2, per_step=False),
-        ),
-    ],
-    ids=[
-        'cosine',
-        'tanh',
-        'step',
-        'warm-up',
-        'warm-up in steps',
-        'noise',
-        'cycles',
-        'longer cycles',
-        'cooldown',
-    ],
-)
+BY_STEP = dict(sched='cosine', epochs=6, sched_on_updates=True)
+BY_EPOCH = dict(sched='cosine', epochs=6)
+SCHEDULES = {  # timm's flags, our options
+    'cosine': (BY_STEP, dict()),
+    'tanh': (dict(sched='tanh', epochs=6), dict(schedule='tanh', per_step=False)),
+    'step': (
+        dict(sched='step', epochs=6, decay_epochs=2, decay_rate=0.3),
+        dict(schedule='step', decay_epochs=2, decay_rate=0.3, per_step=False),
+    ),
+    'warm-up': (
+        BY_EPOCH | dict(warmup_epochs=2, warmup_lr=1e-5),
+        dict(warmup_epochs=2, warmup_lr=1e-5, per_step=False),
+    ),
+    'warm-up in steps': (
+        BY_STEP | dict(warmup_epochs=1.5, warmup_lr=1e-5),
+        dict(warmup_steps=3, warmup_lr=1e-5),
+    ),
+    'noise': (
+        BY_STEP | dict(lr_noise=[0.3, 0.9], lr_noise_pct=0.4, lr_noise_std=0.5),
+        dict(noise=(0.3, 0.9), noise_pct=0.4, noise_std=0.5),
+    ),
+    'cycles': (
+        BY_EPOCH | dict(epochs=3, lr_cycle_limit=2, lr_cycle_decay=0.5),
+        dict(cycle_limit=2, per_step=False),
+    ),
+    'longer cycles': (
+        BY_STEP | dict(epochs=2, lr_cycle_limit=2, lr_cycle_mul=2.0, lr_cycle_decay=0.4),
+        dict(cycle_limit=2, cycle_mul=2.0, cycle_decay=0.4),
+    ),
+    'cooldown': (
+        BY_EPOCH | dict(epochs=4, cooldown_epochs=2),
+        dict(cooldown_epochs=2, per_step=False),
+    ),
+}
+
+
+@pytest.mark.parametrize('flags, options', SCHEDULES.values(), ids=SCHEDULES)
 def test_a_schedule_is_timms(flags, options, tmp_path):
     flags = dict(warmup_epochs=0, min_lr=1e-5) | flags
     _, watch, _ = trained(tmp_path, epochs=6, min_lr=1e-5, **options)
     assert watch.rates == pytest.approx(as_timm(2, **flags), rel=1e-9)
     assert len(set(watch.rates)) >= 3, 'the rate hardly moves, and nothing was tested'
-    assert [row['lr'] for row in read_summary(RunFolder(tmp_path))] == pytest.approx(
-        watch.rates[1::2], rel=1e-9
-    )
+    noted = [row['lr'] for row in read_summary(RunFolder(tmp_path))]
+    assert noted == pytest.approx(watch.rates[1::2], rel=1e-9)
 
 
 PLATEAU = dict(schedule='plateau', patience=1, decay_rate=0.5, min_lr=0.0, epochs=8)
@@ -157,9 +133,8 @@ PLATEAU = dict(schedule='plateau', patience=1, decay_rate=0.5, min_lr=0.0, epoch
 
 def test_a_plateau_falls_when_the_loss_stays(tmp_path):
     _, watch, _ = trained(tmp_path, lr=1e-6, optimizer='sgd', best_by='loss', **PLATEAU)
-    assert [r / 1e-6 for r in watch.rates[::2]] == pytest.approx(
-        [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.125]
-    )
+    expected = [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.125]
+    assert [r / 1e-6 for r in watch.rates[::2]] == pytest.approx(expected)
 
 
 def test_a_plateau_goes_on_across_pauses(tmp_path):
@@ -197,15 +172,8 @@ def test_a_plateau_is_timms_for_losses_and_for_accuracies():
             lr_noise=None,
         )
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
-        schedule, rates = (
-            make_schedule(
-                optimizer,
-                Recipe(**PLATEAU | dict(epochs=10, warmup_epochs=2, decay_rate=0.3)),
-                1,
-                0,
-            ),
-            [],
-        )
+        r = Recipe(**PLATEAU | dict(epochs=10, warmup_epochs=2, decay_rate=0.3))
+        schedule, rates = make_schedule(optimizer, r, 1, 0), []
         for epoch in range(10):
             schedule.step(epoch, sign * metrics[epoch - 1] if epoch else None)
             rates.append(optimizer.param_groups[0]['lr'])
@@ -216,20 +184,17 @@ def test_a_plateau_is_timms_for_losses_and_for_accuracies():
 
 
 def moved(folder, **given):
-    "How far one step of plain SGD moves each tensor, over its learning rate: the gradient as limited."
-    options = (
-        dict(
-            optimizer='momentum',
-            momentum=0.0,
-            weight_decay=0.0,
-            lr=1.0,
-            schedule='constant',
-            batch=32,
-            epochs=1,
-        )
-        | given
+    "What one step of plain SGD adds to each tensor at a rate of 1: the gradient as limited."
+    options = dict(
+        optimizer='momentum',
+        momentum=0.0,
+        weight_decay=0.0,
+        lr=1.0,
+        schedule='constant',
+        batch=32,
+        epochs=1,
     )
-    trained(folder, **options)
+    trained(folder, **options | given)
     before = first_weights(**given)
     return {k: v - before[k] for k, v in weights(folder).items()}
 
@@ -252,31 +217,21 @@ def test_the_gradient_is_limited(tmp_path):
         return t.flatten(1).norm(dim=1)
 
     name = 'blocks.0.mlp.fc1.weight'
-    assert (rows(adaptive[name]) <= 1.01e-3 * rows(before[name]).clamp(min=1e-3)).all() and rows(
-        free[name]
-    ).max() > rows(adaptive[name]).max()
+    assert (rows(adaptive[name]) <= 1.01e-3 * rows(before[name]).clamp(min=1e-3)).all()
+    assert rows(free[name]).max() > rows(adaptive[name]).max()
 
 
 @pytest.mark.parametrize('batch, parts', ((16, 4), (12, 8), (10, 4)))
 def test_a_batch_in_parts_is_the_same_step(batch, parts):
     images, labels = torch.randn(2 * batch, 3, 32, 32), torch.arange(2 * batch) % 4
     batches = list(zip(images.split(batch), labels.split(batch)))
+    base = {k: v for k, v in BASE.items() if k in Recipe.__dataclass_fields__}
     got = []
     for accumulate in (1, parts):
-        r = Recipe(
-            **{
-                k: v
-                for k, v in BASE.items()
-                if k in Recipe.__dataclass_fields__ and k not in ('batch', 'epochs')
-            },
-            optimizer='sgd',
-            epochs=1,
-            batch=batch,
-            accumulate=accumulate,
-        )
-        learn = fdsl_learner(
-            create_model(r.model, 4, 32, seed=0, **TINY), r, InMemory(batches), classes=4
-        )
+        how = dict(optimizer='sgd', epochs=1, batch=batch, accumulate=accumulate)
+        r = Recipe(**base | how)
+        model = create_model(r.model, 4, 32, seed=0, **TINY)
+        learn = fdsl_learner(model, r, InMemory(batches), classes=4)
         learn.fit(1)
         got.append((learn.train_loss, learn.model.state_dict()))
     assert got[0][0] == pytest.approx(got[1][0], abs=1e-6) and distance(got[0][1], got[1][1]) < 1e-7
@@ -296,9 +251,8 @@ def test_averaged_weights_are_measured_and_saved(dynamic, tmp_path):
         order, trail = 45, []
 
         def after_batch(self):
-            self.trail.append(
-                {k: p.detach().clone() for k, p in self.learn.model.named_parameters()}
-            )
+            named = self.learn.model.named_parameters()
+            self.trail.append({k: p.detach().clone() for k, p in named})
 
     config, trail = values(tmp_path, **DIGITS | dict(ema=0.7, ema_dynamic=dynamic)), Trail()
     with watching(trail):
@@ -306,39 +260,30 @@ def test_averaged_weights_are_measured_and_saved(dynamic, tmp_path):
     start = make_model(config, 10)[0].state_dict()
     by_hand = {k: torch.zeros_like(v) if dynamic else start[k] for k, v in trail.trail[0].items()}
     for t, now in enumerate(trail.trail, 1):
-        d = (
-            min(0.7, (1 + t) / (10 + t)) if dynamic else 0.7 if t > 1 else 0.0
-        )  # timm: the first update copies
+        d = 0.7 if t > 1 else 0.0  # timm: the first update copies
+        if dynamic:
+            d = min(0.7, (1 + t) / (10 + t))
         by_hand = {k: d * by_hand[k] + (1 - d) * now[k] for k in now}
     saved = weights(tmp_path, entry='state_dict_ema')
     assert distance(by_hand, saved) < 1e-6 and distance(by_hand, weights(tmp_path)) > 1e-5
     model = create_model(BASE['model'], 10, 32, **TINY)
-    assert (
-        load_weights(model, tmp_path / 'last.pth.tar', ema=True).head == 'kept, 10 classes'
-        and distance(model.state_dict(), saved) == 0
-    )
-    found = evaluate(
-        model,
-        eval_loader(open_dataset('digits', 'val'), eval_transform(read_recipe(config)), 256),
-        10,
-    )
+    loaded = load_weights(model, tmp_path / 'last.pth.tar', ema=True)
+    assert loaded.head == 'kept, 10 classes' and distance(model.state_dict(), saved) == 0
+    transform = eval_transform(read_recipe(config))
+    found = evaluate(model, eval_loader(open_dataset('digits', 'val'), transform, 256), 10)
     assert read_summary(RunFolder(tmp_path))[0]['eval_loss'] == pytest.approx(found.loss, rel=1e-6)
 
 
 def test_every_loss_trains(tmp_path):
     first = {}
-    for loss, more in dict(
-        softmax={}, bce={}, jsd=dict(aug_splits=3, auto_augment='augmix-m3-w3', smoothing=0.1)
-    ).items():
-        _, watch, _ = trained(
-            tmp_path / loss,
-            **dict(knobs=DRAWN | dict(instances=4), epochs=40, loss=loss, lr=3e-3) | more,
-        )
+    views = dict(aug_splits=3, auto_augment='augmix-m3-w3', smoothing=0.1)
+    for loss, more in dict(softmax={}, bce={}, jsd=views).items():
+        given = dict(knobs=DRAWN | dict(instances=4), epochs=40, loss=loss, lr=3e-3)
+        _, watch, _ = trained(tmp_path / loss, **given | more)
         first[loss] = watch.losses[0]
         assert np.mean(watch.losses[-8:]) < np.mean(watch.losses[:8]) - 0.01, loss
-    assert first['softmax'] == pytest.approx(math.log(4), abs=0.1) and first[
-        'bce'
-    ] == pytest.approx(math.log(2), abs=0.1)
+    assert first['softmax'] == pytest.approx(math.log(4), abs=0.1)
+    assert first['bce'] == pytest.approx(math.log(2), abs=0.1)
 
 
 # Mixing
@@ -391,9 +336,8 @@ def test_lower_precision(tmp_path):
     _, watch, _ = trained(tmp_path / 'low', precision='bfloat16', epochs=10, lr=3e-3)
     _, exact, _ = trained(tmp_path / 'exact', epochs=10, lr=3e-3)
     gap = np.abs(np.subtract(watch.losses, exact.losses)).max()
-    assert 0 < gap < 0.1 and {t.dtype for t in weights(tmp_path / 'low').values()} == {
-        torch.float32
-    }
+    assert 0 < gap < 0.1
+    assert {t.dtype for t in weights(tmp_path / 'low').values()} == {torch.float32}
     with pytest.raises(ValueError, match='does not train on a CPU; choose bfloat16'):
         trained(tmp_path / 'half', precision='float16')
 
@@ -416,9 +360,8 @@ def test_every_published_architecture_trains_and_goes_on(name, tmp_path):
     trained(tmp_path / 'paused', pause=1, **given)
     trained(tmp_path / 'paused', pause=1, **given)
     assert distance(weights(tmp_path / 'paused'), weights(tmp_path / 'whole')) == 0
-    exported = timm.create_model(
-        f'local-dir:{tmp_path / "whole" / "model"}', pretrained=True
-    ).eval()
+    address = f'local-dir:{tmp_path / "whole" / "model"}'
+    exported = timm.create_model(address, pretrained=True).eval()
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(exported(x), learn.model.eval()(x))
 
@@ -430,15 +373,15 @@ def test_the_best_of_the_history_stays(tmp_path):
     trained(tmp_path, epochs=7, history=2, hold=3, best_by='loss', lr=3e-2, optimizer='sgd')
     losses = [row['train_loss'] for row in read_summary(RunFolder(tmp_path))]
     best = sorted(range(7), key=losses.__getitem__)[:2]
-    assert {p.name for p in tmp_path.glob('*checkpoint-*')} == {
-        f'checkpoint-{e}.pth.tar' for e in best
-    } | {'held-checkpoint-2.pth.tar', 'held-checkpoint-5.pth.tar'}
-    assert (
-        read_checkpoint(tmp_path / 'model_best.pth.tar')['epoch']
-        == best[0]
-        == read_checkpoint(tmp_path / f'checkpoint-{best[0]}.pth.tar')['epoch']
-    )
-    assert read_checkpoint(tmp_path / 'held-checkpoint-5.pth.tar')['epoch'] == 5
+    held = {'held-checkpoint-2.pth.tar', 'held-checkpoint-5.pth.tar'}
+    kept = held | {f'checkpoint-{e}.pth.tar' for e in best}
+    assert {p.name for p in tmp_path.glob('*checkpoint-*')} == kept
+
+    def epoch_of(name):
+        return read_checkpoint(tmp_path / f'{name}.pth.tar')['epoch']
+
+    assert epoch_of('model_best') == epoch_of(f'checkpoint-{best[0]}') == best[0]
+    assert epoch_of('held-checkpoint-5') == 5
 
 
 def test_a_pause_changes_nothing(tmp_path):
@@ -456,33 +399,22 @@ def test_a_pause_changes_nothing(tmp_path):
     for state in ('paused', 'paused', 'done'):
         run_training(resolved(values(tmp_path / 'paused', pause=1, **given)))
         assert RunFolder(tmp_path / 'paused').state == state
+    paused, whole = tmp_path / 'paused', tmp_path / 'whole'
     for entry in ('state_dict', 'state_dict_ema'):
-        assert (
-            distance(
-                weights(tmp_path / 'paused', entry=entry), weights(tmp_path / 'whole', entry=entry)
-            )
-            == 0
-        )
-    assert (tmp_path / 'paused' / 'summary.csv').read_text() == (
-        tmp_path / 'whole' / 'summary.csv'
-    ).read_text()
-    assert (
-        not list(tmp_path.glob('*/recovery-*'))
-        and (tmp_path / 'paused' / 'inputs.png').stat().st_size > 1000
-    )
+        assert distance(weights(paused, entry=entry), weights(whole, entry=entry)) == 0
+    assert (paused / 'summary.csv').read_text() == (whole / 'summary.csv').read_text()
+    assert not list(tmp_path.glob('*/recovery-*'))
+    assert (paused / 'inputs.png').stat().st_size > 1000
 
 
 def test_the_best_or_the_last_is_exported(tmp_path):
     given = DIGITS | dict(epochs=3, lr=1e-2, export=True)
+    transform = eval_transform(Recipe(**{k: BASE[k] for k in ('image_size', 'scale', 'ratio')}))
     for best_by in ('top1', 'top1_test', 'last'):
         _, _, result = trained(tmp_path / best_by, best_by=best_by, **given)
         rows = read_summary(RunFolder(tmp_path / best_by))
         exported = timm.create_model(f'local-dir:{tmp_path / best_by / "model"}', pretrained=True)
-        test = eval_loader(
-            open_dataset('digits', 'test'),
-            eval_transform(Recipe(**{k: BASE[k] for k in ('image_size', 'scale', 'ratio')})),
-            256,
-        )
+        test = eval_loader(open_dataset('digits', 'test'), transform, 256)
         assert evaluate(exported, test, 10).correct == result['correct']
         if best_by == 'top1_test':
             assert result['top1'] == pytest.approx(max(row['eval_top1'] for row in rows))
@@ -491,9 +423,9 @@ def test_the_best_or_the_last_is_exported(tmp_path):
     val, test = (
         read_summary(RunFolder(tmp_path / b))[0]['eval_top1'] for b in ('top1', 'top1_test')
     )
-    assert (
-        val * 2 == round(val * 2) and test * 8 == pytest.approx(round(test * 8)) and val != test
-    )  # of 200 and of 800 images
+    # of 200 and of 800 images
+    assert val * 2 == round(val * 2) and test * 8 == pytest.approx(round(test * 8))
+    assert val != test
 
 
 def test_images_held_out_choose(tmp_path):
@@ -501,11 +433,8 @@ def test_images_held_out_choose(tmp_path):
     splits = open_splits(config)
     assert (len(splits['train']), len(splits['val'])) == (24, 8)
     _, _, result = trained(tmp_path, hold_out=0.25, batch=8, best_by='top1')
-    assert (
-        result['split'] == 'val'
-        and result['images'] == 8
-        and 'eval_top1' in read_summary(RunFolder(tmp_path))[0]
-    )
+    assert (result['split'], result['images']) == ('val', 8)
+    assert 'eval_top1' in read_summary(RunFolder(tmp_path))[0]
 
 
 def test_a_zero_head(tmp_path):
@@ -514,11 +443,8 @@ def test_a_zero_head(tmp_path):
     _, watch, _ = trained(tmp_path / 'second', **given)
     assert watch.losses[0] == pytest.approx(math.log(4), abs=1e-6)
     model, loaded = make_model(BASE | given, 4)
-    assert (
-        'zeroed' in loaded.head
-        and not model.head.weight.any()
-        and distance({'p': model.pos_embed}, {'p': weights(tmp_path / 'first')['pos_embed']}) == 0
-    )
+    assert 'zeroed' in loaded.head and not model.head.weight.any()
+    assert torch.equal(model.pos_embed, weights(tmp_path / 'first')['pos_embed'])
 
 
 # Over processes
@@ -528,20 +454,16 @@ def test_a_zero_head(tmp_path):
 def test_batch_norm_is_the_same_in_every_process(tmp_path):
     given = dict(model='resnet18', model_options=SMALL['resnet18'], ema=0.9, recovery=1, epochs=3)
     run_ranks(values(tmp_path, **given), 2, (Statistics, (tmp_path,)))
-    one, other = (
-        torch.load(tmp_path / f'statistics-{rank}.pt', weights_only=True) for rank in range(2)
-    )
-    assert (
-        len(one) == 6
-        and one[0].keys() == other[0].keys()
-        and any('running_var' in k for k in one[0])
-    )
+    files = (tmp_path / f'statistics-{rank}.pt' for rank in range(2))
+    one, other = (torch.load(file, weights_only=True) for file in files)
+    assert len(one) == 6 and one[0].keys() == other[0].keys()
+    assert any('running_var' in k for k in one[0])
     for here, there in zip(one, other):
         assert distance(here, there) == 0
 
 
 class Statistics(Watch):
-    "Keeps what each process has before it measures: the network's tensors and their average's."
+    "Keeps what each process has after an epoch: the network's tensors and their average's."
 
     order = 45
 

@@ -1,4 +1,7 @@
-"""Our learner beside a plain loop of timm's own parts: the same weights and batches, the same losses, weights and learning rates."""
+"""Our learner beside a plain loop of timm's own parts.
+
+From the same weights and batches: the same losses, weights and learning rates.
+"""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -25,7 +28,8 @@ from training_helpers import TINY, Watch
 
 pytestmark = pytest.mark.long
 
-# What the published programs were given, read from them and their papers and written down here again, not taken from the recipes.
+# What the published programs were given, read from them and their papers and written down here
+# again, not taken from the recipes.
 AS_PUBLISHED = dict(
     rcdb1k_deit_tiny=dict(
         opt='adamw',
@@ -75,11 +79,8 @@ MIXED = dict(
 
 def shortened(p):
     "Published settings with warm-up and epochs so short that 30 steps see all of the schedule."
-    return (
-        p
-        | dict(epochs=10)
-        | (dict(warmup_steps=6) if 'warmup_steps' in p else dict(warmup_epochs=2))
-    )
+    warmup = dict(warmup_steps=6) if 'warmup_steps' in p else dict(warmup_epochs=2)
+    return p | dict(epochs=10) | warmup
 
 
 def timm_schedule(optimizer, p, epochs, steps):
@@ -105,19 +106,19 @@ def timm_schedule(optimizer, p, epochs, steps):
 
 
 def plain_loop(model, epochs, p, classes, ema):
-    "timm's training script without its extras; `epochs` holds the batches. Only the seeds of chance are ours."
+    "timm's training script without its extras, on the batches of `epochs`; only seeds are ours."
     optimizer = create_optimizer_v2(
         model, opt=p['opt'], lr=p['lr'], weight_decay=p['weight_decay'], momentum=0.9
     )
-    schedule, mix, criterion, average = (
-        timm_schedule(optimizer, p, len(epochs), len(epochs[0])),
-        Mixup(**MIXED, num_classes=classes),
-        SoftTargetCrossEntropy(),
-        ModelEmaV3(model, decay=ema),
-    )
+    schedule = timm_schedule(optimizer, p, len(epochs), len(epochs[0]))
+    mix, criterion = Mixup(**MIXED, num_classes=classes), SoftTargetCrossEntropy()
+    average = ModelEmaV3(model, decay=ema)
     losses, rates, done = [], [], 0
     model.train()
-    schedule.step_update(0) if p['per_step'] else schedule.step(0)
+    if p['per_step']:
+        schedule.step_update(0)
+    else:
+        schedule.step(0)
     for epoch, batches in enumerate(epochs):
         for images, labels in batches:
             seed = seed_for(0, MIX, done, 0)
@@ -173,9 +174,8 @@ def test_thirty_steps_are_timms(name):
     assert watch.rates == pytest.approx(rates, rel=1e-9)
     assert np.abs(np.subtract(watch.losses, losses)).max() < 1e-6
     for mine, other in ((ours, theirs), (learn.average.module, average)):
-        gaps = {
-            k: (v - other.state_dict()[k]).abs().max().item() for k, v in mine.state_dict().items()
-        }
+        others = other.state_dict()
+        gaps = {k: (v - others[k]).abs().max().item() for k, v in mine.state_dict().items()}
         assert max(gaps.values()) < 1e-6, max(gaps, key=gaps.get)
     assert (ours.head.weight - fresh().head.weight).abs().max() > 1e-3, 'nothing was trained'
 
@@ -192,7 +192,7 @@ def images_of(r):
 
 
 def flags_of(r):
-    "A published schedule; the closed forms are those of the chapter on steps, fdsl_nb.training.optimise."
+    "A published schedule; the closed forms are in fdsl_nb.training.optimise."
     for names, p in FLAGS:
         if any(r.name.startswith(n) for n in names):
             return p
@@ -220,38 +220,28 @@ FLAGS = (
     ),
     (('rcdb', 'exfractaldb', 'mvfractaldb'), _CVPR2022),
 )
-BY_TIMM = {}
-for _r in [
-    *PRETRAIN,
-    *FINETUNE,
-]:  # recipes that differ in nothing that concerns the rate are tested once
+OF_THE_RATE = 'lr', 'warmup_lr', 'min_lr', 'warmup_epochs', 'warmup_steps', 'per_step', 'epochs'
+
+
+def what_decides_the_rate(r):
+    own = [getattr(r, name) for name in OF_THE_RATE]
+    return (*own, images_of(r) // r.batch, str(flags_of(r)))
+
+
+BY_TIMM = {}  # recipes that differ in nothing that concerns the rate are tested once
+for _r in [*PRETRAIN, *FINETUNE]:
     if _r.schedule not in CLOSED_FORMS:
-        BY_TIMM.setdefault(
-            (
-                _r.lr,
-                _r.warmup_lr,
-                _r.min_lr,
-                _r.warmup_epochs,
-                _r.warmup_steps,
-                _r.per_step,
-                _r.epochs,
-                images_of(_r) // _r.batch,
-                str(flags_of(_r)),
-            ),
-            _r,
-        )
+        BY_TIMM.setdefault(what_decides_the_rate(_r), _r)
 
 
 def some_of(epochs, steps, every):
-    "(epoch, step) of the whole schedule: `every`th step, all of the first and last 500, and both sides of each epoch's beginning."
+    """Steps of the whole schedule.
+
+    Every `every`th, the first and last 500, and both sides of each epoch's beginning."""
     whole = epochs * steps
     chosen = {*range(0, whole, every), *range(min(500, whole)), *range(max(0, whole - 500), whole)}
-    chosen |= {
-        e * steps + d
-        for e in range(0, epochs, max(1, epochs // 300))
-        for d in (-1, 0)
-        if e * steps + d >= 0
-    }
+    for epoch in range(0, epochs, max(1, epochs // 300)):
+        chosen |= {max(0, epoch * steps - 1), epoch * steps}
     return sorted(chosen)
 
 

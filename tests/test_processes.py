@@ -1,4 +1,7 @@
-"""One, two and four processes train alike: the same losses, every image once and with the same augmentation, exact counts; and they end together."""
+"""One, two and four processes train alike, and end together.
+
+The same losses, every image once and with the same augmentation, exact counts.
+"""
 
 import json
 import os
@@ -72,26 +75,19 @@ def test_every_image_once_and_augmented_alike(tmp_path):
     found = {}
     for processes, workers in ((1, 0), (1, 2), (2, 0), (2, 2)):
         folder = tmp_path / f'{processes}-{workers}'
-        knobs = BASE['knobs'] | dict(
-            classes=32, instances=1
-        )  # a class an image, so that its label is its number
-        run_ranks(
-            values(folder, **ON | dict(knobs=knobs, workers=workers, repeats=1)),
-            processes,
-            (Seen, (folder,)),
-        )
-        rows = [
-            tuple(json.loads(line))
-            for file in folder.glob('seen-*.jsonl')
-            for line in file.read_text().splitlines()
+        # a class an image, so that its label is its number
+        knobs = BASE['knobs'] | dict(classes=32, instances=1)
+        given = ON | dict(knobs=knobs, workers=workers, repeats=1)
+        run_ranks(values(folder, **given), processes, (Seen, (folder,)))
+        lines = [
+            line for file in folder.glob('seen-*.jsonl') for line in file.read_text().splitlines()
         ]
-        assert Counter((epoch, image) for epoch, image, _ in rows) == {
-            (e, i): 1 for e in range(2) for i in range(32)
-        }
+        rows = [tuple(json.loads(line)) for line in lines]
+        once = {(epoch, image): 1 for epoch in range(2) for image in range(32)}
+        assert Counter((epoch, image) for epoch, image, _ in rows) == once
         found[processes, workers] = set(rows)
-    assert len({seen for _, _, seen in found[1, 0]}) > 50, (
-        'epochs and images look alike'
-    )  # a few crops are empty
+    different = {seen for _, _, seen in found[1, 0]}
+    assert len(different) > 50, 'epochs and images look alike'  # a few crops are empty
     assert all(rows == found[1, 0] for rows in found.values())
 
 
@@ -100,29 +96,24 @@ def test_counts_are_exact_where_images_do_not_divide(tmp_path):
     results = {}
     for processes in (1, 3):
         folder = tmp_path / str(processes)
-        run_ranks(
-            values(
-                folder,
-                **dict(
-                    dataset='digits',
-                    knobs={},
-                    batch=60,
-                    epochs=2,
-                    optimizer='sgd',
-                    lr=0.05,
-                    best_by='top1',
-                    clip=1.0,
-                ),
-            ),
-            processes,
+        config = values(
+            folder,
+            dataset='digits',
+            knobs={},
+            batch=60,
+            epochs=2,
+            optimizer='sgd',
+            lr=0.05,
+            best_by='top1',
+            clip=1.0,
         )
+        run_ranks(config, processes)
         results[processes] = json.loads((folder / 'result.json').read_text())
     one, three = results[1], results[3]
     assert three['images'] == one['images'] == 800 == sum(map(sum, three['confusion']))
     assert [sum(row) for row in three['confusion']] == [sum(row) for row in one['confusion']]
-    assert three['confusion'] == one['confusion'] and three['loss'] == pytest.approx(
-        one['loss'], abs=1e-5
-    )
+    assert three['confusion'] == one['confusion']
+    assert three['loss'] == pytest.approx(one['loss'], abs=1e-5)
 
 
 def after_some_steps(file, steps=3, seconds=90):
@@ -155,12 +146,8 @@ LONG = dict(epochs=200, workers=1)
 def test_a_rank_that_fails_ends_all_and_says_why(tmp_path):
     ranks = start_ranks(values(tmp_path, dataset='training_helpers:Stumbling'), 2)
     codes, now = wait_ranks(ranks), time.time()
-    stumbled = next(
-        float(line.split()[-1])
-        for line in printed(tmp_path).splitlines()
-        if line.startswith('stumbled')
-    )
-    assert all(codes) and now - stumbled < 10
+    stumbled = [x for x in printed(tmp_path).splitlines() if x.startswith('stumbled')]
+    assert all(codes) and now - float(stumbled[0].split()[-1]) < 10
     assert 'ArithmeticError: no picture of class 1, instance 1' in reason(tmp_path)
 
 
@@ -173,18 +160,15 @@ def test_a_rank_that_is_killed_ends_all(which, tmp_path):
     os.kill(ranks[which].pid, signal.SIGKILL)
     killed = time.time()
     codes = wait_ranks(ranks, 20)
-    assert (
-        time.time() - killed < 10
-        and codes[which] == -signal.SIGKILL
-        and codes[1 - which] not in (0, None)
-    )
+    assert time.time() - killed < 10
+    assert codes[which] == -signal.SIGKILL and codes[1 - which] not in (0, None)
     assert alive(family, 15) == [], 'a worker process was left behind'
     assert f'process {1 - which} of 2: ' in reason(tmp_path) and 'onnection' in reason(tmp_path)
 
 
 @pytest.mark.parametrize('victim', ('rank', pytest.param('worker', marks=pytest.mark.slow)))
 def test_a_killed_process_of_our_own_launching_ends_the_run(victim, tmp_path):
-    "Here the notebook's process starts the ranks, so that it can say which way they went; a worker that loads images is one of them too."
+    "The notebook's process starts the ranks and says how they ended; also for a loading worker."
     words, environment = command(
         values(tmp_path, processes=2, **LONG), ('Slow', [str(tmp_path / 'steps')])
     )
@@ -192,18 +176,14 @@ def test_a_killed_process_of_our_own_launching_ends_the_run(victim, tmp_path):
         child = subprocess.Popen(words, env=environment, stdout=out, stderr=out)
     after_some_steps(tmp_path / 'steps')
     family = psutil.Process(child.pid).children(recursive=True)
-    ranks = [
-        p
-        for p in family
-        if 'fdsl_nb.training.worker' in p.cmdline() and p.ppid() != child.pid and p.children()
-    ]
+    workers = [p for p in family if 'fdsl_nb.training.worker' in p.cmdline()]
+    ranks = [p for p in workers if p.ppid() != child.pid and p.children()]
     loads = [p for r in ranks for p in r.children()]
     os.kill((ranks if victim == 'rank' else loads)[-1].pid, signal.SIGKILL)
     killed = time.time()
     while RunFolder(tmp_path).status['state'] == 'running' and time.time() < killed + 30:
         time.sleep(0.05)
     assert alive(family, 1) == [] and time.time() - killed < 10
-    assert (
-        'died without saying why (killed' if victim == 'rank' else 'DataLoader worker'
-    ) in reason(tmp_path)
+    said = 'died without saying why (killed' if victim == 'rank' else 'DataLoader worker'
+    assert said in reason(tmp_path)
     assert child.wait(30) == 1

@@ -1,4 +1,4 @@
-"""Whole experiments: real notebooks by papermill, killed on the way; and what must be refused before anything runs."""
+"""Whole experiments: real notebooks by papermill, killed on the way; and what must be refused."""
 
 import json
 import os
@@ -217,7 +217,8 @@ def test_only_what_follows_from_a_change_is_done_again(tmp_path):
     changed = TWO | dict(pretrain=dict(lr=0.002))
     with pytest.raises(
         ValueError,
-        match=r'pretrain-0 holds another pretrain step: lr=None there, lr=0.002 here; .* restart=True',
+        match='pretrain-0 holds another pretrain step: lr=None there, lr=0.002 here; '
+        '.* restart=True',
     ):
         planned(changed, RunFolder(tmp_path))
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / 'scratch').rglob('*')}

@@ -1,4 +1,7 @@
-"""Killed at any step and started again, a run ends as if nothing had happened: every weight, every average and `summary.csv` to the last bit."""
+"""Killed at any step and started again, a run ends as if nothing had happened.
+
+Every weight, every average and `summary.csv` are the same to the last bit.
+"""
 
 import random
 import shutil
@@ -23,7 +26,8 @@ from fdsl_nb.models.checkpoints import read_checkpoint
 from fdsl_nb.formulas.contours import VisualAtom
 from fdsl_nb.core.folder import RunFolder, read_summary
 
-# Everything that has chance or memory in it: AdamW, averages, mixing, drop path, repeated images, images held out, worker processes, recovery every few steps.
+# Everything that has chance or memory in it: AdamW, averages, mixing, drop path, repeated images,
+# images held out, worker processes, recovery every few steps.
 ALL_ON = dict(
     auto_augment='rand-m9-mstd0.5-inc1',
     erasing=0.5,
@@ -47,9 +51,8 @@ ALL_ON = dict(
     recovery=2,
     model_options=BASE['model_options'] | dict(depth=2),
 )
-IMAGES = VisualAtom(
-    classes=4, instances=16, size=96, start_range=10, lines_max=20
-)  # 48 of 64 train: 6 steps an epoch, 18 in all
+# 48 of 64 images train: 6 steps an epoch, 18 in all
+IMAGES = VisualAtom(classes=4, instances=16, size=96, start_range=10, lines_max=20)
 STEPS = 18
 MOMENTS = ('before_batch', 'after_backward', 'after_batch', 'before_validate')
 
@@ -62,9 +65,8 @@ def sources(tmp_path_factory):
     root = tmp_path_factory.mktemp('sources')
     for layout, more in dict(plain={}, shards=dict(shard_images=20)).items():
         build(IMAGES, root / layout, workers=0, progress=lambda *_: None, layout=layout, **more)
-    drawn = {
-        k: getattr(IMAGES, k) for k in ('classes', 'instances', 'size', 'start_range', 'lines_max')
-    }
+    names = 'classes', 'instances', 'size', 'start_range', 'lines_max'
+    drawn = {k: getattr(IMAGES, k) for k in names}
     return dict(
         online=dict(dataset='visualatom', knobs=drawn),
         folder=dict(dataset=str(root / 'plain'), knobs={}),
@@ -73,7 +75,7 @@ def sources(tmp_path_factory):
 
 
 def moments(seed, kills):
-    "(step, event) of each kill, later and later; of the end of an epoch a kill may hit the measuring or the saving."
+    "(step, event) of each kill, in order; at the end of an epoch it may hit evaluation or saving."
     rng = random.Random(seed)
     chosen = []
     for step in sorted(rng.sample(range(1, STEPS), kills)):
@@ -87,9 +89,8 @@ def assert_same_end(killed, whole):
     for entry in ('state_dict', 'state_dict_ema'):
         assert one[entry].keys() == other[entry].keys()
         assert [k for k in one[entry] if not torch.equal(one[entry][k], other[entry][k])] == []
-    for a, b in zip(
-        one['optimizer']['state'].values(), other['optimizer']['state'].values(), strict=True
-    ):
+    states = (c['optimizer']['state'].values() for c in (one, other))
+    for a, b in zip(*states, strict=True):
         assert all(torch.equal(a[k], b[k]) for k in a)
     assert (killed / 'summary.csv').read_bytes() == (whole / 'summary.csv').read_bytes()
     assert [row['epoch'] for row in read_summary(RunFolder(whole))] == [0, 1, 2]
@@ -104,12 +105,9 @@ def assert_same_end(killed, whole):
 def run_cut(folder, given, processes, cuts):
     "Ranks killed at each of `cuts`, then let go on to the end."
     for step, when in cuts:
-        codes = wait_ranks(
-            start_ranks(values(folder, **given), processes, (PowerCut, (step, when)))
-        )
-        assert codes == [-signal.SIGKILL] * processes, (
-            f'no kill at step {step}, {when}:\n{printed(folder)}'
-        )
+        ranks = start_ranks(values(folder, **given), processes, (PowerCut, (step, when)))
+        codes, missed = wait_ranks(ranks), f'no kill at step {step}, {when}:\n'
+        assert codes == [-signal.SIGKILL] * processes, missed + printed(folder)
         assert RunFolder(folder).state == 'interrupted'
     run_ranks(values(folder, **given), processes)
 
@@ -135,7 +133,7 @@ def test_five_kills_change_nothing(source, processes, sources, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('processes', (1, 2))
 def test_kills_of_a_program_and_its_own_processes_change_nothing(processes, sources, tmp_path):
-    "A whole Python program, which launches its ranks itself; all its descendants are killed with it."
+    "A whole Python program that launches its own ranks; all its descendants are killed with it."
     given = ALL_ON | sources['folder'] | dict(processes=processes)
 
     def run(folder, *callbacks):
@@ -153,46 +151,34 @@ def test_kills_of_a_program_and_its_own_processes_change_nothing(processes, sour
 
 @pytest.mark.slow
 def test_another_number_of_processes_and_workers_may_go_on(sources, tmp_path):
-    "Only chance that belongs to a process (mixing, drop path) differs then: without it, losses agree."
-    given = (
-        ALL_ON
-        | sources['online']
-        | dict(mixup=0.0, cutmix=0.0, drop_path=0.0, optimizer='sgd', lr=0.05)
-    )
+    "Without mixing and drop path, whose chance belongs to a process, the losses agree."
+    still = dict(mixup=0.0, cutmix=0.0, drop_path=0.0, optimizer='sgd', lr=0.05)
+    given = ALL_ON | sources['online'] | still
     run_ranks(values(tmp_path / 'whole', **given), 1)
     for processes, workers, cut in (
         (1, 2, (4, 'after_batch')),
         (2, 0, (9, 'after_backward')),
         (1, 0, (15, 'before_batch')),
     ):
-        wait_ranks(
-            start_ranks(
-                values(tmp_path / 'killed', **given | dict(workers=workers)),
-                processes,
-                (PowerCut, cut),
-            )
-        )
+        config = values(tmp_path / 'killed', **given | dict(workers=workers))
+        wait_ranks(start_ranks(config, processes, (PowerCut, cut)))
     run_ranks(values(tmp_path / 'killed', **given), 2)
-    for one, other in zip(
-        *(read_summary(RunFolder(tmp_path / f)) for f in ('whole', 'killed')), strict=True
-    ):
+    summaries = (read_summary(RunFolder(tmp_path / f)) for f in ('whole', 'killed'))
+    for one, other in zip(*summaries, strict=True):
         assert one == pytest.approx(other, abs=1e-5)
 
 
 @pytest.mark.slow
 def test_the_statistics_of_batch_norm_go_on(sources, tmp_path):
-    given = (
-        ALL_ON
-        | sources['online']
-        | dict(model='resnet18', model_options=dict(channels=(8, 16, 16, 32)), drop_path=0.0)
-    )
+    network = dict(model='resnet18', model_options=dict(channels=(8, 16, 16, 32)), drop_path=0.0)
+    given = ALL_ON | sources['online'] | network
     run_ranks(values(tmp_path / 'whole', **given), 2)
     run_cut(tmp_path / 'killed', given, 2, moments(3, 3))
     assert_same_end(tmp_path / 'killed', tmp_path / 'whole')
 
 
 def test_files_that_a_kill_left_half_written_are_passed_over(sources, tmp_path):
-    "What a kill in the middle of writing leaves: a neighbour with a dot, which is neither read nor kept."
+    "A kill in the middle of writing leaves a file with a dot, which is neither read nor kept."
     given = ALL_ON | sources['online'] | dict(workers=0)
     run_ranks(values(tmp_path / 'whole', **given), 1)
     wait_ranks(start_ranks(values(tmp_path / 'killed', **given), 1, (PowerCut, (9, 'after_batch'))))

@@ -1,4 +1,5 @@
-"""The run notebooks as users start them: papermill and `fdsl` in real processes, with slips, kills and restarts."""
+"""The run notebooks as users start them: papermill and `fdsl` in real processes, with mistakes,
+kills and restarts."""
 
 import json
 import os
@@ -315,8 +316,12 @@ def test_the_command_runs_and_chooses_the_folder(tmp_path):
     )
 
 
-# A background job of a shell is deaf to Ctrl-C, and so are its children, unless they are told otherwise.
-HEARS = 'import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])'
+# A background job of a shell ignores Ctrl-C, and so do its children, unless they set it anew.
+HEARS = '''
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+'''
 
 
 def kill_after_first_epoch(words, sent):

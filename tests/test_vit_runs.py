@@ -1,4 +1,7 @@
-"""ViT-pytorch's fine-tuning as a run: Google's weights in, a zeroed head, steps, its own schedule and dropout."""
+"""ViT-pytorch's fine-tuning as a run.
+
+Google's weights, a zeroed head, a length in steps, its own schedule and dropout.
+"""
 
 from pathlib import Path
 
@@ -27,25 +30,21 @@ def pictures(tmp_path_factory):
             (root / split / f'c{c}').mkdir(parents=True)
             for k in range(n):
                 noise = rng.integers(-60, 60, (32, 32, 3))
-                Image.fromarray(np.uint8(np.clip(noise + colour, 0, 255))).save(
-                    root / split / f'c{c}' / f'{k}.png'
-                )
+                pixels = np.uint8(np.clip(noise + colour, 0, 255))
+                Image.fromarray(pixels).save(root / split / f'c{c}' / f'{k}.png')
     return root
 
 
 def config(folder, pictures, **given):
-    given = (
-        dict(
-            recipe='vitpytorch_cifar10_b16',
-            dataset='cifar10',
-            data=str(pictures),
-            weights=str(NPZ),
-            wandb_mode='disabled',
-            **MODEL,
-        )
-        | given
+    asked = dict(
+        recipe='vitpytorch_cifar10_b16',
+        dataset='cifar10',
+        data=str(pictures),
+        weights=str(NPZ),
+        wandb_mode='disabled',
+        **MODEL,
     )
-    return configuration('finetune', given, RunFolder(folder))
+    return configuration('finetune', asked | given, RunFolder(folder))
 
 
 def test_the_published_recipe_in_steps_from_googles_weights(pictures, tmp_path):
@@ -53,11 +52,8 @@ def test_the_published_recipe_in_steps_from_googles_weights(pictures, tmp_path):
     asked = config(tmp_path, pictures, budget='paper', batch=16, options=options)
     result = run_training(asked)
     rows = read_summary(RunFolder(tmp_path))
-    assert (
-        [r['epoch'] for r in rows] == [0, 1, 2]
-        and result['images'] == 14
-        and result['split'] == 'test'
-    )
+    assert [r['epoch'] for r in rows] == [0, 1, 2]
+    assert result['images'] == 14 and result['split'] == 'test'
     # updates 2, 4 and 6 of the published schedule: warm-up over 2 steps, then a cosine to 0
     assert [r['lr'] for r in rows] == pytest.approx([0.03, 0.015, 0.0], abs=1e-12)
     saved = read_checkpoint(tmp_path / 'last.pth.tar')
@@ -68,11 +64,8 @@ def test_a_run_starts_with_a_zeroed_head_and_the_published_dropout(pictures, tmp
     values = {k: v.value for k, v in config(tmp_path, pictures, budget='paper').items()}
     model, loaded = make_model(values, 2)
     assert not model.head.weight.any() and 'zeroed' in loaded.head
-    assert (
-        model.blocks[0].mlp.drop1.p == 0.1
-        and model.blocks[0].attn.proj_drop.p == 0
-        and model.pos_drop.p == 0.1
-    )
+    block = model.blocks[0]
+    assert (block.mlp.drop1.p, block.attn.proj_drop.p, model.pos_drop.p) == (0.1, 0, 0.1)
     assert read_recipe(values).epochs == 100
 
 

@@ -27,7 +27,7 @@ from fdsl_nb.training.distributed import rank, total
 from fdsl_nb.core.settings import Resolved
 
 TINY = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2)
-STILL = dict(
+STILL = dict(  # no chance but the order
     auto_augment='',
     color_jitter=0.0,
     erasing=0.0,
@@ -37,28 +37,24 @@ STILL = dict(
     cutmix=0.0,
     smoothing=0.0,
     drop_path=0.0,
-)  # no chance but the order
-DRAWN = dict(
-    classes=4, instances=8, size=96, start_range=10, lines_max=20
-)  # 32 images of VisualAtom
-BASE = (
-    training.RUN
-    | STILL
-    | dict(
-        dataset='visualatom',
-        knobs=DRAWN,
-        model='deit_tiny_patch16_224',
-        model_options=TINY,
-        image_size=32,
-        batch=16,
-        epochs=2,
-        lr=1e-3,
-        warmup_epochs=0,
-        best_by='last',
-        export=False,
-        wandb_mode='disabled',
-    )
 )
+# 32 images of VisualAtom
+DRAWN = dict(classes=4, instances=8, size=96, start_range=10, lines_max=20)
+SHORT = dict(
+    dataset='visualatom',
+    knobs=DRAWN,
+    model='deit_tiny_patch16_224',
+    model_options=TINY,
+    image_size=32,
+    batch=16,
+    epochs=2,
+    lr=1e-3,
+    warmup_epochs=0,
+    best_by='last',
+    export=False,
+    wandb_mode='disabled',
+)
+BASE = training.RUN | STILL | SHORT
 
 
 @dataclass(frozen=True)
@@ -107,11 +103,9 @@ class Seen(Callback):
 
     def before_batch(self):
         with open(self.folder / f'seen-{rank()}.jsonl', 'a') as f:
-            f.writelines(
-                json.dumps([self.learn.epoch, int(y), sha256(x.numpy().tobytes()).hexdigest()])
-                + '\n'
-                for x, y in zip(self.learn.xb[0], self.learn.yb[0])
-            )
+            for x, y in zip(self.learn.xb[0], self.learn.yb[0]):
+                pixels = sha256(x.numpy().tobytes()).hexdigest()
+                f.write(json.dumps([self.learn.epoch, int(y), pixels]) + '\n')
 
 
 class Slow(Callback):
@@ -169,10 +163,10 @@ def watching(*callbacks):
         left['learn'] = built(*args, **more)
         return left['learn']
 
-    training.make_callbacks, training.fdsl_learner = (
-        lambda config, folder: [*made(config, folder), *callbacks],
-        learner,
-    )
+    def more_callbacks(config, folder):
+        return [*made(config, folder), *callbacks]
+
+    training.make_callbacks, training.fdsl_learner = more_callbacks, learner
     try:
         yield left
     finally:
@@ -202,16 +196,16 @@ def trained(folder, **given):
 CONTEXT = multiprocessing.get_context('forkserver')
 
 
+def _python_path():
+    "This folder, and what is in PYTHONPATH already."
+    here, before = str(Path(__file__).parent), os.environ.get('PYTHONPATH')
+    return os.pathsep.join([here, before] if before else [here])
+
+
 def _start_server():
     "The process that ranks are forked from: it has imported everything and loaded the kernels."
     before = {k: os.environ.get(k) for k in ('PYTHONPATH', 'OMP_NUM_THREADS', 'RANK_SERVER')}
-    os.environ |= dict(
-        PYTHONPATH=os.pathsep.join(
-            [str(Path(__file__).parent), *filter(None, [before['PYTHONPATH']])]
-        ),
-        OMP_NUM_THREADS='1',
-        RANK_SERVER='1',
-    )
+    os.environ |= dict(PYTHONPATH=_python_path(), OMP_NUM_THREADS='1', RANK_SERVER='1')
     CONTEXT.set_forkserver_preload(['training_helpers'])
     try:
         forkserver.ensure_running()
@@ -228,9 +222,8 @@ if os.environ.pop('RANK_SERVER', ''):
 
 
 def _rank(number, processes, port, config, callbacks):
-    multiprocessing.set_start_method(
-        'fork', force=True
-    )  # for what it starts itself, as anywhere else
+    # for what it starts itself, as anywhere else
+    multiprocessing.set_start_method('fork', force=True)
     if processes > 1:
         os.environ |= dict(
             RANK=str(number),
@@ -252,12 +245,11 @@ def start_ranks(config, processes, *callbacks):
     "Starts ranks that call `run_training`, as a launcher would; callbacks are (class, arguments)."
     _start_server()
     port = free_port()
-    ranks = [
-        CONTEXT.Process(target=_rank, args=(n, processes, port, config, callbacks))
-        for n in range(processes)
-    ]
-    for p in ranks:
-        p.start()
+    ranks = []
+    for n in range(processes):
+        arguments = n, processes, port, config, callbacks
+        ranks.append(CONTEXT.Process(target=_rank, args=arguments))
+        ranks[-1].start()
     return ranks
 
 
@@ -277,9 +269,8 @@ def printed(folder):
 
 def run_ranks(config, processes, *callbacks):
     "Runs the ranks to their end."
-    assert wait_ranks(start_ranks(config, processes, *callbacks)) == [0] * processes, printed(
-        config['folder']
-    )
+    codes = wait_ranks(start_ranks(config, processes, *callbacks))
+    assert codes == [0] * processes, printed(config['folder'])
 
 
 # The command that a test of whole programs starts: it calls `run_training` alone or on processes of
@@ -289,22 +280,18 @@ def run_ranks(config, processes, *callbacks):
 def command(config, *callbacks):
     "Words and environment of a Python program that runs `config`; callbacks as (name, arguments)."
     code = 'import json, sys, training_helpers as t; t.program(*map(json.loads, sys.argv[1:]))'
-    here = os.pathsep.join(
-        [str(Path(__file__).parent), *filter(None, [os.environ.get('PYTHONPATH')])]
-    )
-    return [sys.executable, '-c', code, json.dumps(config), json.dumps(callbacks)], {
-        **os.environ,
-        'OMP_NUM_THREADS': '1',
-        'PYTHONPATH': here,
-    }
+    words = [sys.executable, '-c', code, json.dumps(config), json.dumps(callbacks)]
+    return words, {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': _python_path()}
 
 
 def program(config, callbacks):
     os.environ |= dict(WATCHED=json.dumps(callbacks), PROGRAM=str(os.getpid()))
     launched = training.launch
-    training.launch = lambda function, values, processes: launched(
-        'training_helpers:train_watched', values, processes
-    )
+
+    def launch_watched(function, values, processes):
+        return launched('training_helpers:train_watched', values, processes)
+
+    training.launch = launch_watched
     training.run_training(resolved(config))
 
 

@@ -11,7 +11,6 @@ import html, math
 from contextlib import contextmanager
 from dataclasses import dataclass
 import ipywidgets as widgets, numpy as np, torch
-from fastcore.basics import patch
 from matplotlib.figure import Figure
 from PIL import Image
 from timm.utils import unwrap_model
@@ -23,13 +22,12 @@ from .explore import LiveOrStill, png_bytes, tiled
 # %% ../../nbs/app/02_attention.ipynb #a6cf0ad8
 def _attention_layers(model):
     layers = [getattr(block, 'attn', None) for block in getattr(model, 'blocks', ())]
-    if (
-        not layers
-        or not all(hasattr(a, 'attn_drop') and hasattr(a, 'fused_attn') for a in layers)
-        or not hasattr(getattr(model, 'patch_embed', None), 'dynamic_feat_size')
-    ):
+    open_to_look = all(hasattr(a, 'attn_drop') and hasattr(a, 'fused_attn') for a in layers)
+    has_grid = hasattr(getattr(model, 'patch_embed', None), 'dynamic_feat_size')
+    if not (layers and open_to_look and has_grid):
         raise ValueError(
-            f'{type(model).__name__} is no vision transformer whose every block attends to all patches; choose a vit_… or deit_… of timm'
+            f'{type(model).__name__} is no vision transformer whose every block attends to all '
+            'patches; choose a vit_… or deit_… of timm'
         )
     return layers
 
@@ -38,15 +36,15 @@ def _attention_layers(model):
 def watched(
     model: nn.Module,  # a ViT made by timm
 ):
-    "Inside the block, gives a list that fills with attention, float32 [images, heads, tokens, tokens], block by block; `ValueError` for other networks."
+    """Inside the block, gives a list that fills with the attention of each block, float32
+    [images, heads, tokens, tokens]; `ValueError` for other networks."""
     layers, found = _attention_layers(model), []
+
+    def keep(_, given):
+        found.append(given[0].detach().float().cpu())
+
     fused = [layer.fused_attn for layer in layers]
-    hooks = [
-        layer.attn_drop.register_forward_pre_hook(
-            lambda _, given: found.append(given[0].detach().float().cpu())
-        )
-        for layer in layers
-    ]
+    hooks = [layer.attn_drop.register_forward_pre_hook(keep) for layer in layers]
     for layer in layers:
         layer.fused_attn = False
     try:
@@ -61,33 +59,25 @@ def watched(
 def as_input(
     model: nn.Module,  # a ViT made by timm
     image: Image.Image,  # any size, L or RGB
-    mean: tuple = None,
-    std: tuple = None,  # of the pixels, 0 … 1; what timm records for the model if None
+    mean: tuple = None,  # of the pixels, 0 … 1; what timm records for the model if None
+    std: tuple = None,  # likewise
 ) -> torch.Tensor:  # float32 [1, 3, h, w]
-    "An image squashed to a model's size and normalised as it was for training."
-    known, size = (
-        getattr(model, 'pretrained_cfg', None) or {},
-        getattr(model.patch_embed, 'img_size', None),
-    )
+    "An image resized to a model's size and normalised as it was for training."
+    known = getattr(model, 'pretrained_cfg', None) or {}
+    size = getattr(model.patch_embed, 'img_size', None)
     height, width = size or known.get('input_size', (3, 224, 224))[1:]
-    pixels = (
-        pil_to_tensor(
-            image.convert('RGB').resize((width, height), Image.Resampling.BILINEAR)
-        ).float()
-        / 255
-    )
-    return normalize(
-        pixels,
-        list(mean or known.get('mean', (0.5,) * 3)),
-        list(std or known.get('std', (0.5,) * 3)),
-    )[None]
+    resized = image.convert('RGB').resize((width, height), Image.Resampling.BILINEAR)
+    mean = list(mean or known.get('mean', (0.5,) * 3))
+    std = list(std or known.get('std', (0.5,) * 3))
+    return normalize(pil_to_tensor(resized).float() / 255, mean, std)[None]
 
 # %% ../../nbs/app/02_attention.ipynb #b188069c
 @dataclass(frozen=True, eq=False)
 class Attention:
     "What a ViT attended to in one image."
 
-    layers: torch.Tensor  # float32 [layers, heads, tokens, tokens]: token i takes this share from token j, rows sum to 1
+    # float32 [layers, heads, tokens, tokens]: token i takes this share from token j; rows sum to 1
+    layers: torch.Tensor
     logits: torch.Tensor  # float32 [classes]
     grid: tuple  # (h, w) patches, the last h * w tokens
     averages: bool  # the head reads the mean over the patches, not the first token
@@ -108,37 +98,34 @@ def _measuring(model):
 def attend(
     model: nn.Module,  # a ViT made by timm, on any device; wrapped or not
     image: Image.Image,  # any size
-    mean: tuple = None,
-    std: tuple = None,  # of the pixels, 0 … 1; what timm records for the model if None
+    mean: tuple = None,  # of the pixels, 0 … 1; what timm records for the model if None
+    std: tuple = None,  # likewise
 ) -> Attention:  # on the CPU
     "Runs a model on an image and keeps what it attended to; `ValueError` if it is no plain ViT."
     model = unwrap_model(model)
-    model = getattr(
-        model, '_orig_mod', model
-    )  # a compiled model keeps the plain one, which hooks can enter
+    # a compiled model keeps the plain one, which hooks can enter
+    model = getattr(model, '_orig_mod', model)
     with watched(model) as found, _measuring(model):
         x = as_input(model, image, mean, std).to(next(model.parameters()))
         logits = model(x)[0].float().cpu()
     grid = tuple(model.patch_embed.dynamic_feat_size(x.shape[-2:]))
     tokens = getattr(model, 'num_prefix_tokens', 1) + math.prod(grid)
-    expected, shapes = (
-        [(block.attn.num_heads, tokens, tokens) for block in model.blocks],
-        [tuple(weights.shape[1:]) for weights in found],
-    )
+    expected = [(block.attn.num_heads, tokens, tokens) for block in model.blocks]
+    shapes = [tuple(weights.shape[1:]) for weights in found]
     if shapes != expected:
         raise ValueError(
-            f'{type(model).__name__} attends by maps of {shapes[:1]}, not {expected[:1]} (heads, tokens, tokens); choose a vit_… or deit_… of timm'
+            f'{type(model).__name__} attends by maps of {shapes[:1]}, not {expected[:1]} '
+            '(heads, tokens, tokens); choose a vit_… or deit_… of timm'
         )
-    return Attention(
-        torch.cat(found), logits, grid, getattr(model, 'global_pool', 'token') != 'token'
-    )
+    averages = getattr(model, 'global_pool', 'token') != 'token'
+    return Attention(torch.cat(found), logits, grid, averages)
 
 # %% ../../nbs/app/02_attention.ipynb #8fd7c986
 def patch_map(
     weights: torch.Tensor,  # float [tokens, tokens], of one layer or of several joined
     attention: Attention,  # whose grid it is
 ) -> np.ndarray:  # float32 [h, w]: what each patch contributes to what the head reads
-    "The row that the head reads, as a picture: the first token's, or the mean of the patches' rows."
+    "The first token's row, or the mean of the patches' rows if the head reads that, as a picture."
     patches = math.prod(attention.grid)
     row = weights[-patches:].mean(0) if attention.averages else weights[0]
     return row[-patches:].view(attention.grid).numpy()
@@ -146,10 +133,9 @@ def patch_map(
 # %% ../../nbs/app/02_attention.ipynb #6140c0c9
 def rollout(
     layers: torch.Tensor,  # float [layers, heads, tokens, tokens], rows sum to 1
-) -> (
-    torch.Tensor
-):  # float [layers, tokens, tokens]: from each layer's tokens back to the image's; rows sum to 1
-    "Attention joined over layers 1 … n, for each n, as ViT-pytorch does it: heads averaged, identity added, rows normed, multiplied."
+) -> torch.Tensor:  # float [layers, tokens, tokens], from each layer to the image; rows sum to 1
+    """Attention joined over layers 1 … n, for each n, as ViT-pytorch does it: heads averaged,
+    identity added, rows normalised, matrices multiplied."""
     steps = layers.mean(1) + torch.eye(layers.shape[-1])
     joint = list(steps / steps.sum(-1, keepdim=True))
     for n in range(1, len(joint)):
@@ -160,11 +146,12 @@ def rollout(
 def layer_maps(
     attention: Attention,
 ) -> tuple:  # two float32 [layers, h, w]: each layer alone; joined down to the image
-    "What the head sees by each layer, alone (heads averaged) and by rollout."
-    alone, joined = attention.layers.mean(1), rollout(attention.layers)
-    return tuple(
-        np.stack([patch_map(weights, attention) for weights in maps]) for maps in (alone, joined)
-    )
+    "The map of each layer, alone (heads averaged) and by rollout."
+
+    def maps(layers):
+        return np.stack([patch_map(weights, attention) for weights in layers])
+
+    return maps(attention.layers.mean(1)), maps(rollout(attention.layers))
 
 # %% ../../nbs/app/02_attention.ipynb #1a9214d2
 def over_image(
@@ -184,35 +171,37 @@ def top_labels(
 ) -> list:  # pairs (name, probability), likeliest first
     "The likeliest classes."
     chances, classes = logits.softmax(-1).topk(min(k, len(logits)))
-    return [
-        (str(c if names is None else names[c]), float(p)) for c, p in zip(classes.tolist(), chances)
-    ]
+    labels = [str(c if names is None else names[c]) for c in classes.tolist()]
+    return list(zip(labels, chances.tolist()))
 
 # %% ../../nbs/app/02_attention.ipynb #896ea05d
+def _show_picture(ax, title, picture):
+    ax.imshow(picture)
+    ax.set_title(title, fontsize=8)
+    ax.set_axis_off()
+
+
 def show_attention(
     model: nn.Module,  # a ViT made by timm
     image: Image.Image,
     names: list = None,  # of the classes
-    mean: tuple = None,
-    std: tuple = None,  # of the pixels; what timm records for the model if None
+    mean: tuple = None,  # of the pixels, 0 … 1; what timm records for the model if None
+    std: tuple = None,  # likewise
 ) -> Figure:
-    "The image, what the model attended to in all and by layer, and its five likeliest classes; `ValueError` if it is no plain ViT."
+    """The image, what the model attended to in all and by layer, and its five likeliest classes;
+    `ValueError` if it is no plain ViT."""
     attention = attend(model, image, mean, std)
-    maps, labels = layer_maps(attention)[1], top_labels(attention.logits, names)
+    _, maps = layer_maps(attention)
     figure = Figure(figsize=(7, 3.9), layout='constrained')
     top, bottom = figure.subfigures(2, 1, height_ratios=[2, 1.1])
-    axes = [*top.subplots(1, 3), *np.atleast_1d(bottom.subplots(1, len(maps)))]
-    titles = ['image', 'rollout', *(f'layer {n}' for n in range(1, len(maps) + 1))]
-    for ax, title, picture in zip(
-        [*axes[:2], *axes[3:]],
-        titles,
-        [np.array(image.convert('RGB')), *(over_image(image, m) for m in (maps[-1], *maps))],
-    ):
-        ax.imshow(picture)
-        ax.set_title(title, fontsize=8)
-        ax.set_axis_off()
-    axes[2].barh([n for n, _ in labels][::-1], [p for _, p in labels][::-1])
-    axes[2].set(xlim=(0, 1), xlabel='probability')
+    left, middle, right = top.subplots(1, 3)
+    _show_picture(left, 'image', np.array(image.convert('RGB')))
+    _show_picture(middle, 'rollout', over_image(image, maps[-1]))
+    for n, ax in enumerate(np.atleast_1d(bottom.subplots(1, len(maps)))):
+        _show_picture(ax, f'layer {n + 1}', over_image(image, maps[n]))
+    labels, chances = zip(*reversed(top_labels(attention.logits, names)))
+    right.barh(labels, chances)
+    right.set(xlim=(0, 1), xlabel='probability')
     return figure
 
 # %% ../../nbs/app/02_attention.ipynb #b6645463
@@ -223,11 +212,12 @@ class AttentionExplorer(LiveOrStill):
         self,
         model: nn.Module,  # a ViT made by timm
         images,  # a data set: image number i with its class, `.classes`
-        mean: tuple = None,
-        std: tuple = None,  # of the pixels; what timm records for the model if None
+        mean: tuple = None,  # of the pixels, 0 … 1; what timm records for the model if None
+        std: tuple = None,  # likewise
         first: int = 0,  # image to begin with
     ):
         self.model, self.images, self.normal = model, images, (mean, std)
+        self.names = getattr(images, 'classes', None)
         wide = widgets.Layout(width='30em')
         self.number = widgets.IntSlider(first, 0, len(images) - 1, description='image', layout=wide)
         self.layer = widgets.IntSlider(1, 1, 10**6, description='layer', layout=wide)
@@ -237,70 +227,51 @@ class AttentionExplorer(LiveOrStill):
         self.look()
         self.layer.max = len(self.attention.layers)
         self.layer.value = self.layer.max
-        for control, act in (
-            (self.number, self.look),
-            (self.layer, self.draw),
-            (self.way, self.draw),
-        ):
-            control.observe(act, 'value')
+        self.number.observe(self.look, 'value')
+        self.layer.observe(self.draw, 'value')
+        self.way.observe(self.draw, 'value')
         self.draw()
 
-# %% ../../nbs/app/02_attention.ipynb #39ba2be5
-@patch
-def look(self: AttentionExplorer, _=None):
-    "Runs the model on the chosen image."
-    self.image, label = self.images[self.number.value]
-    self.attention = attend(self.model, self.image, *self.normal)
-    names = getattr(self.images, 'classes', None)
-    rows = [
-        f'{html.escape(name)}: {100 * p:.1f} %'
-        for name, p in top_labels(self.attention.logits, names)
-    ]
-    self.labels.value = (
-        f'class {html.escape(str(label if names is None else names[label]))}, answered:<br>'
-        + '<br>'.join(rows)
-    )
-    self.draw()
+    def look(self, _=None):
+        "Runs the model on the chosen image."
+        self.image, label = self.images[self.number.value]
+        self.attention = attend(self.model, self.image, *self.normal)
+        right = html.escape(str(label if self.names is None else self.names[label]))
+        answers = top_labels(self.attention.logits, self.names)
+        lines = [f'{html.escape(name)}: {100 * p:.1f} %' for name, p in answers]
+        self.labels.value = '<br>'.join([f'class {right}, answered:', *lines])
+        self.draw()
 
+    def draw(self, _=None):
+        "Draws the image, and beside it what the chosen layer attended to."
+        alone, joined = layer_maps(self.attention)
+        maps = joined if self.way.value == 'joined' else alone
+        weights = maps[min(self.layer.value, len(maps)) - 1]
+        pair = [np.array(self.image.convert('RGB')), over_image(self.image, weights)]
+        self.picture.value = png_bytes(tiled([pair], side=300))
 
-@patch
-def draw(self: AttentionExplorer, _=None):
-    "Draws the image, and beside it what the chosen layer attended to."
-    weights = layer_maps(self.attention)[self.way.value == 'joined'][
-        min(self.layer.value, len(self.attention.layers)) - 1
-    ]
-    self.picture.value = png_bytes(
-        tiled([[np.array(self.image.convert('RGB')), over_image(self.image, weights)]], side=300)
-    )
+    def still(self) -> bytes:
+        "Eight images from the chosen one on, and below each what was attended to."
+        start = max(0, min(self.number.value, len(self.images) - 8))
+        stop = min(start + 8, len(self.images))
+        above, below = [], []
+        for image in (self.images[i][0] for i in range(start, stop)):
+            _, joined = layer_maps(attend(self.model, image, *self.normal))
+            above.append(np.array(image.convert('RGB')))
+            below.append(over_image(image, joined[-1]))
+        return png_bytes(tiled([above, below], ['image', 'rollout'], 84))
+
+    def __repr__(self):
+        best = top_labels(self.attention.logits, self.names, 1)[0]
+        layer = f'layer {self.layer.value} of {self.layer.max}'
+        return f'image {self.number.value}, {layer}, {self.way.value}: {best}'
 
 # %% ../../nbs/app/02_attention.ipynb #af6873d1
-@patch
-def still(self: AttentionExplorer) -> bytes:
-    "Eight images from the chosen one on, each above what was attended to, for where there are no sliders."
-    start = max(0, min(self.number.value, len(self.images) - 8))
-    pictures = [self.images[i][0] for i in range(start, min(start + 8, len(self.images)))]
-    maps = [
-        over_image(image, layer_maps(attend(self.model, image, *self.normal))[1][-1])
-        for image in pictures
-    ]
-    return png_bytes(
-        tiled(
-            [[np.array(image.convert('RGB')) for image in pictures], maps], ['image', 'rollout'], 84
-        )
-    )
-
-
-@patch
-def __repr__(self: AttentionExplorer):
-    best = top_labels(self.attention.logits, getattr(self.images, 'classes', None), 1)[0]
-    return f'image {self.number.value}, layer {self.layer.value} of {self.layer.max}, {self.way.value}: {best}'
-
-
 def explore_attention(
     model: nn.Module,  # a ViT made by timm
     images,  # a data set: image number i with its class, `.classes`
-    mean: tuple = None,
-    std: tuple = None,  # of the pixels; what timm records for the model if None
+    mean: tuple = None,  # of the pixels, 0 … 1; what timm records for the model if None
+    std: tuple = None,  # likewise
     first: int = 0,  # image to begin with
 ) -> AttentionExplorer:
     "Sliders over images and layers of a ViT's attention; `ValueError` if it is no plain ViT."

@@ -14,9 +14,7 @@ class Augmentation:
     "How one image is changed, in timm's terms."
 
     image_size: int = 224  # side of what comes out, pixels
-    crop_kind: str = (
-        'timm'  # timm, or inception: TensorFlow's crop and flip, and nothing else (`inception`)
-    )
+    crop_kind: str = 'timm'  # timm, or inception: TensorFlow's crop and flip, and nothing else
     scale: tuple = (0.08, 1.0)  # share of the area a crop keeps
     ratio: tuple = (3 / 4, 4 / 3)  # width / height of a crop
     hflip: float = 0.0  # chance of a flip left to right
@@ -25,16 +23,14 @@ class Augmentation:
     auto_augment: str = 'rand-m9-mstd0.5-inc1'  # timm's name, '' for none
     erasing: float = 0.25  # chance of a rectangle erased
     erasing_mode: str = (
-        'pixel'  # what is put there: pixel (noise), rand (one colour) or const (black)
+        'pixel'  # what is put there: pixel (noise), rand (one colour), const (black)
     )
     erasing_count: int = 1  # rectangles at most
-    aug_splits: int = (
-        0  # views of each crop for a JSD loss, the first of them plain; 0 for one view
-    )
+    aug_splits: int = 0  # views of a crop for a JSD loss, the first one plain; 0 for one view
     interpolation: str = 'bicubic'
     mean: tuple = (0.5, 0.5, 0.5)
     std: tuple = (0.5, 0.5, 0.5)
-    crop: float = 0.875  # share of the side kept when measuring
+    crop: float = 0.875  # share of the side kept in evaluation
     crop_mode: str = 'center'  # center, squash (to the square) or border
 
 # %% ../../nbs/data/01_augmentation.ipynb #e9ab1fd0
@@ -46,6 +42,6 @@ class Mixing:
     cutmix: float = 1.0  # likewise
     mix_prob: float = 1.0  # chance that a batch is mixed
     mix_switch: float = 0.5  # chance of cutmix where both are on
-    mix_mode: str = 'batch'  # batch, pair or elem: what shares one mixing ratio; reversed: COYO-ViT's, each image with its opposite in the batch
+    mix_mode: str = 'batch'  # what shares a ratio: batch, pair, elem; reversed: as COYO-ViT mixes
     smoothing: float = 0.1  # label smoothing
     mix_off_epoch: int = 0  # epoch from which nothing is mixed any more; 0 for never

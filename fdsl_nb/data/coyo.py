@@ -16,7 +16,6 @@ from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
 import numpy as np, pandas as pd, torch
 from PIL import Image
-from fastcore.basics import patch
 from ..core.settings import did_you_mean, machine_settings
 from ..core.folder import whole_file
 from .loading import DigitsDataset
@@ -24,9 +23,9 @@ from .shards import PICTURES, Stored, read_at, shard_paths, tar_index
 
 # %% ../../nbs/data/07_coyo.ipynb #3be22c25
 def _members(key, image, labels, probs, as_text):
+    "The files of a record: (suffix, bytes) of its picture and its JSON."
     picture = io.BytesIO()
     image.convert('RGB').save(picture, 'JPEG', quality=95)  # img2dataset's own default
-    listed = (lambda values: str(list(values))) if as_text else list
     meta = dict(
         caption=None,
         url=f'example://{key}',
@@ -40,10 +39,10 @@ def _members(key, image, labels, probs, as_text):
         exif='{}',
         sha256=hashlib.sha256(picture.getvalue()).hexdigest(),
     )
-    if labels is not None:
-        meta['labels'] = listed(map(int, labels))
-    if probs is not None:
-        meta['label_probs'] = listed(map(float, probs))
+    for column, values, kind in (('labels', labels, int), ('label_probs', probs, float)):
+        if values is not None:
+            values = [kind(value) for value in values]
+            meta[column] = str(values) if as_text else values
     return ('jpg', picture.getvalue()), ('json', json.dumps(meta, indent=4).encode())
 
 # %% ../../nbs/data/07_coyo.ipynb #9f7517ed
@@ -54,14 +53,17 @@ def write_shards(
     as_text: bool = False,  # lists as text, as after a CSV file
 ) -> list:  # paths
     "Writes shards as img2dataset does: `00000.tar` …, in each `000000000.jpg`, `000000000.json` …."
-    rows, folder, paths = list(rows), Path(folder), []
+    rows = list(rows)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for s in range(-(-len(rows) // shard_images)):
+    paths = []
+    for s, start in enumerate(range(0, len(rows), shard_images)):
         paths.append(folder / f'{s:05d}.tar')
         with whole_file(paths[-1]) as f, tarfile.open(fileobj=f, mode='w') as tar:
-            for n, row in enumerate(rows[s * shard_images : (s + 1) * shard_images]):
-                for suffix, data in _members(f'{s:05d}{n:04d}', *row, as_text):
-                    info = tarfile.TarInfo(f'{s:05d}{n:04d}.{suffix}')
+            for n, row in enumerate(rows[start : start + shard_images]):
+                key = f'{s:05d}{n:04d}'
+                for suffix, data in _members(key, *row, as_text):
+                    info = tarfile.TarInfo(f'{key}.{suffix}')
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
     return paths
@@ -76,9 +78,8 @@ def _mean_digits():
 def _machine_labels(digits):
     closeness = -((digits[:, None] - _mean_digits()) ** 2).mean((2, 3)) / 1000
     chances = np.exp(closeness - closeness.max(1, keepdims=True))
-    each = (chances / chances.sum(1, keepdims=True)).max(
-        0
-    )  # a sheet shows what any of its digits shows
+    chances = chances / chances.sum(1, keepdims=True)
+    each = chances.max(0)  # a sheet shows what any of its digits shows
     order = np.argsort(-each, kind='stable')
     return order, each[order]
 
@@ -88,20 +89,14 @@ def example_rows(
     rng: np.random.Generator,
     split: str = 'train',  # of scikit-learn's digits
 ):
-    "Yields sheets of one to three handwritten digits, 64 × 64, with all ten labels and their probabilities."
+    "Yields sheets of one to three handwritten digits, 64 × 64, with ten labels and probabilities."
     digits = DigitsDataset(split).images
     for _ in range(images):
-        chosen, sheet = (
-            digits[rng.choice(len(digits), rng.integers(1, 4), replace=False)],
-            np.zeros((2, 2, 8, 8), np.uint8),
-        )
+        chosen = digits[rng.choice(len(digits), rng.integers(1, 4), replace=False)]
+        sheet = np.zeros((2, 2, 8, 8), np.uint8)
         sheet.reshape(4, 8, 8)[rng.permutation(4)[: len(chosen)]] = chosen
-        yield (
-            Image.fromarray(sheet.swapaxes(1, 2).reshape(16, 16)).resize(
-                (64, 64), Image.Resampling.BICUBIC
-            ),
-            *_machine_labels(chosen),
-        )
+        small = Image.fromarray(sheet.swapaxes(1, 2).reshape(16, 16))
+        yield small.resize((64, 64), Image.Resampling.BICUBIC), *_machine_labels(chosen)
 
 # %% ../../nbs/data/07_coyo.ipynb #000693f6
 CLASSES = 21_841  # of ImageNet-21k, in the order of the network that labelled COYO
@@ -112,10 +107,8 @@ class MultiHot:
     "How labels become a target."
 
     classes: int = CLASSES
-    threshold: float = None  # least probability of a label that counts; None: all labels in the record, as published
-    normalize_label: bool = (
-        False  # divide the target by its sum (the published option of that name)
-    )
+    threshold: float = None  # least probability of a label that counts; None: all, as published
+    normalize_label: bool = False  # divide the target by its sum (the published option)
 
     def __post_init__(self):
         if self.classes < 1:
@@ -135,7 +128,9 @@ class MultiHot:
             kept = kept[np.asarray(probs) >= self.threshold]
         target = torch.zeros(self.classes)
         target[torch.from_numpy(kept)] = 1.0
-        return target / target.sum() if self.normalize_label and target.sum() > 0 else target
+        if self.normalize_label and target.sum() > 0:
+            return target / target.sum()
+        return target
 
 # %% ../../nbs/data/07_coyo.ipynb #4ed4f0bc
 FAULTS = (
@@ -151,13 +146,19 @@ FAULTS = (
 
 def _numbers(value):
     if isinstance(value, str):
-        value = (
-            value.strip(' []\n').replace(',', ' ').split()
-        )  # JSON's way of writing lists, and NumPy's
+        # JSON's way of writing lists, and NumPy's
+        value = value.strip(' []\n').replace(',', ' ').split()
     try:
         return np.array([] if value is None else value, np.float64)
     except (ValueError, TypeError, OverflowError):
         return np.array([np.nan])  # refused below, like every number that is none
+
+
+def _are_labels(numbers):
+    "Is it one row of whole numbers of 32 bits?"
+    if numbers.ndim != 1 or not np.isfinite(numbers).all():
+        return False
+    return (numbers == np.rint(numbers)).all() and np.abs(numbers).max() < 2**31
 
 
 def read_labels(
@@ -170,17 +171,13 @@ def read_labels(
         raise ValueError(FAULTS[3]) from None
     if not isinstance(record, dict):
         raise ValueError(FAULTS[3])
-    labels, probs = _numbers(record.get('labels')), _numbers(record.get('label_probs'))
+    labels = _numbers(record.get('labels'))
+    probs = _numbers(record.get('label_probs'))
     if labels.size == 0:
         raise ValueError(FAULTS[4])
-    if (
-        labels.ndim != 1
-        or not np.isfinite(labels).all()
-        or (labels != np.rint(labels)).any()
-        or np.abs(labels).max() >= 2**31
-    ):
+    if not _are_labels(labels):
         raise ValueError(FAULTS[5])
-    if probs.size and probs.shape != labels.shape or not np.isfinite(probs).all():
+    if (probs.size and probs.shape != labels.shape) or not np.isfinite(probs).all():
         raise ValueError(FAULTS[6])
     return labels.astype(np.int64), probs.astype(np.float32) if probs.size else None
 
@@ -201,20 +198,31 @@ RECORD = np.dtype(
 )
 
 
+def _is_picture(suffix):
+    return f'.{suffix}'.endswith(PICTURES)
+
+
+def _part(path, place):
+    "Where a file of a record is, and what it holds; -1, 0 and nothing if it is missing."
+    if place is None:
+        return (-1, 0), b''
+    return place, read_at(path, *place)
+
+
 def _row(path, record):
-    picture = next(
-        (place for suffix, place in record.items() if f'.{suffix}'.endswith(PICTURES)), None
-    )
-    first, second = picture or (-1, 0), record.get('json', (-1, 0))
-    data, text = (read_at(path, *place) if place[0] >= 0 else b'' for place in (first, second))
-    row = [*first, zlib.crc32(data), *second, zlib.crc32(text)]
+    "A record of a shard, (suffix → (first byte, bytes)), as a row of `RECORD`."
+    picture = next((place for suffix, place in record.items() if _is_picture(suffix)), None)
+    where, data = _part(path, picture)
+    text_where, text = _part(path, record.get('json'))
+    row = [*where, zlib.crc32(data), *text_where, zlib.crc32(text)]
     if picture is None or 'json' not in record:
         return *row, 0, 0, np.nan, 1 if picture is None else 2
     try:
         labels, probs = read_labels(text)
     except ValueError as e:
         return *row, 0, 0, np.nan, FAULTS.index(str(e))
-    return *row, labels.min(), labels.max(), np.nan if probs is None else probs.max(), 0
+    best = np.nan if probs is None else probs.max()
+    return *row, labels.min(), labels.max(), best, 0
 
 # %% ../../nbs/data/07_coyo.ipynb #ad12acb3
 def scan_shard(
@@ -224,12 +232,14 @@ def scan_shard(
     records = {}
     for name, first, size in tar_index(path):
         key, _, suffix = PurePosixPath(name).name.partition('.')
-        records.setdefault(f'{PurePosixPath(name).parent}/{key}', {})[suffix.lower()] = first, size
-
-    def isrecord(r):
-        return 'json' in r or any(f'.{suffix}'.endswith(PICTURES) for suffix in r)
-
-    return np.array([_row(path, r) for r in records.values() if isrecord(r)], RECORD)
+        record = records.setdefault(f'{PurePosixPath(name).parent}/{key}', {})
+        record[suffix.lower()] = first, size
+    rows = [
+        _row(path, record)
+        for record in records.values()
+        if 'json' in record or any(map(_is_picture, record))
+    ]
+    return np.array(rows, RECORD)
 
 # %% ../../nbs/data/07_coyo.ipynb #a998315b
 _SEAL = struct.Struct('<8sIq')  # 'FDSLCOYO', CRC-32 of what follows, bytes of the shard
@@ -237,11 +247,9 @@ _SEAL = struct.Struct('<8sIq')  # 'FDSLCOYO', CRC-32 of what follows, bytes of t
 
 def _write_index(path, shard, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
+    content = rows.tobytes()
     with whole_file(path) as f:
-        f.write(
-            _SEAL.pack(b'FDSLCOYO', zlib.crc32(rows.tobytes()), os.stat(shard).st_size)
-            + rows.tobytes()
-        )
+        f.write(_SEAL.pack(b'FDSLCOYO', zlib.crc32(content), os.stat(shard).st_size) + content)
 
 
 def _read_index(path, shard):
@@ -249,27 +257,33 @@ def _read_index(path, shard):
     mark, crc, size = _SEAL.unpack(data[: _SEAL.size].ljust(_SEAL.size))
     if mark != b'FDSLCOYO' or zlib.crc32(data[_SEAL.size :]) != crc:
         raise ValueError(f'{path} is damaged; delete it, then seal or open the shard again')
-    if os.stat(shard).st_size != size:
+    now = os.stat(shard).st_size
+    if now != size:
         raise ValueError(
-            f'{shard} has {os.stat(shard).st_size} bytes, but {size} when it was sealed; copy it anew, or delete {path.name} if it was changed on purpose'
+            f'{shard} has {now} bytes, but {size} when it was sealed; '
+            f'copy it anew, or delete {path.name} if it was changed on purpose'
         )
     return np.frombuffer(data[_SEAL.size :], RECORD)
 
 # %% ../../nbs/data/07_coyo.ipynb #0cae696d
+def _kept_index(shard):
+    "Where the scan of a shard without a seal is kept; another place once the shard has changed."
+    stat = shard.stat()
+    key = f'{shard.resolve()} {stat.st_size} {stat.st_mtime_ns}'
+    word = hashlib.sha256(key.encode()).hexdigest()[:24]
+    return Path(machine_settings()['data_root'].value) / 'indexes' / f'{word}.index'
+
+
 def read_index(
     shard,  # path of a tar
 ) -> np.ndarray:  # `RECORD` [records]
-    "What is known of a shard: from its seal, else from the data root, else by looking; `ValueError` if shard or index is damaged."
+    "A shard's records from its seal, the data root or a scan; `ValueError` if it is damaged."
     shard = Path(shard)
     if not shard.is_file():
         raise FileNotFoundError(f'shards: {shard} does not exist; check the pattern')
     if shard.with_suffix('.index').exists():
         return _read_index(shard.with_suffix('.index'), shard)
-    stat = shard.stat()
-    word = hashlib.sha256(
-        f'{shard.resolve()} {stat.st_size} {stat.st_mtime_ns}'.encode()
-    ).hexdigest()[:24]
-    kept = Path(machine_settings()['data_root'].value) / 'indexes' / f'{word}.index'
+    kept = _kept_index(shard)
     if not kept.exists():
         _write_index(kept, shard, scan_shard(shard))
     return _read_index(kept, shard)
@@ -283,13 +297,14 @@ def seal_shards(
     shards,  # a folder, or a pattern with braces or *
     workers: int = 0,  # processes; 0 for this one
 ) -> int:  # how many
-    "Looks at shards and writes an index beside each; do it on the machine that made them."
+    "Scans shards and writes an index beside each; do it on the machine that made them."
     paths = list_shards(shards)
     if workers:
         with ProcessPoolExecutor(workers, get_context('spawn')) as pool:
             list(pool.map(_seal, paths))
     else:
-        list(map(_seal, paths))
+        for path in paths:
+            _seal(path)
     return len(paths)
 
 # %% ../../nbs/data/07_coyo.ipynb #eb0af60b
@@ -303,7 +318,8 @@ def list_shards(
     text, folder = str(shards), Path(shards)
     if not text:
         raise ValueError(
-            "dataset='coyo' needs shards: the folder or pattern of what img2dataset wrote, e.g. -y 'knobs: {shards: coyo/{00000..00099}.tar}'"
+            "dataset='coyo' needs shards: the folder or pattern of what img2dataset wrote, "
+            "e.g. -y 'knobs: {shards: coyo/{00000..00099}.tar}'"
         )
     if '://' in text or text.startswith('pipe:'):
         raise ValueError(
@@ -313,39 +329,67 @@ def list_shards(
         folder, split = folder / split, 'train'
     if split != 'train':
         return None
-    paths = (
-        sorted(map(str, folder.glob('*.tar')))
-        if folder.is_dir()
-        else [p for p in shard_paths(text) if p.endswith('.tar')]
-    )
+    if folder.is_dir():
+        paths = sorted(map(str, folder.glob('*.tar')))
+    else:
+        paths = [p for p in shard_paths(text) if p.endswith('.tar')]
     if not paths:
         raise FileNotFoundError(
             f'shards={text!r} names no .tar file; check the folder or the pattern'
         )
     return paths
 
+# %% ../../nbs/data/07_coyo.ipynb #f07de503
+def _faults_of(rows, target):
+    "Per record, 0 or the number of what is wrong with it, from 1 on; and what that can be."
+    faults = [
+        *FAULTS[1:],
+        f'has labels outside 0 … {target.classes - 1}',
+        'has no label_probs for the threshold',
+    ]
+    outside = (rows['lowest'] < 0) | (rows['highest'] >= target.classes)
+    unknown = np.isnan(rows['best']) & (target.threshold is not None)
+    kind = np.where(unknown, len(faults), 0)
+    kind = np.where(outside, len(faults) - 1, kind)
+    kind = np.where(rows['fault'] > 0, rows['fault'], kind)
+    return kind, faults
+
+
+def _key_of(path, row):
+    "The name of a record, from the tar's header before its picture or JSON."
+    header = int(max(row['picture'], row['json'])) - 512
+    name = read_at(path, header, 100).split(b'\0')[0]
+    return name.decode(errors='replace').partition('.')[0]
+
 # %% ../../nbs/data/07_coyo.ipynb #1bce343c
 class CoyoDataset(Stored):
-    "Images with many labels, by number: (Pillow RGB image, float32 target [classes]). `.left_out` counts records not listed, `.skipped` pictures found bad later."
+    "Images with many labels, by number: (Pillow RGB image, float32 target [classes])."
 
     multilabel = True
 
     def __init__(self, paths: list, target: MultiHot = MultiHot(), on_error: str = 'raise'):
         super().__init__(on_error)
-        self.paths, self.target, self.left_out = [str(p) for p in paths], target, Counter()
+        self.paths = [str(p) for p in paths]
+        self.target = target
+        self.left_out = Counter()  # records that are not listed, by what is wrong with them
         found = [self._keep(p, read_index(p)) for p in self.paths]
-        self.places, self.ends = np.concatenate(found), np.cumsum([len(f) for f in found])
+        self.places = np.concatenate(found)
+        self.ends = np.cumsum([len(f) for f in found])
         self.classes = [str(c) for c in range(target.classes)]
         if not len(self):
             raise ValueError(
-                f'{len(self.paths)} shards hold no record that can be used ({dict(self.left_out)}); lower the threshold, or check what was written'
+                f'{len(self.paths)} shards hold no record that can be used '
+                f'({dict(self.left_out)}); lower the threshold, or check what was written'
             )
 
     def __len__(self):
         return len(self.places)
 
     def __repr__(self):
-        return f'CoyoDataset({len(self)} images in {len(self.paths)} shards, {self.target}, left out: {dict(self.left_out)})'
+        return (
+            f'CoyoDataset({len(self)} images in {len(self.paths)} shards, {self.target}, '
+            f'left out: {dict(self.left_out)})'
+        )
 
     def name(self, i: int) -> str:
         return f'{self._shard(i)}, picture at byte {self.places[i]["picture"]}'
@@ -360,80 +404,56 @@ class CoyoDataset(Stored):
         "All labels of image `i` and their probabilities, whatever the threshold."
         return read_labels(self._bytes(i, 'json', 'json_size', 'json_crc'))
 
-# %% ../../nbs/data/07_coyo.ipynb #12d15520
-@patch
-def _shard(self: CoyoDataset, i):
-    return self.paths[int(np.searchsorted(self.ends, i, 'right'))]
+    def _shard(self, i):
+        return self.paths[int(np.searchsorted(self.ends, i, 'right'))]
 
+    def _bytes(self, i, first, size, crc):
+        path, place = self._shard(i), self.places[i]
+        data = read_at(path, int(place[first]), int(place[size]))
+        if zlib.crc32(data) != place[crc]:
+            raise ValueError(
+                f'{path}: the checksum of the file at byte {place[first]} does not fit; '
+                'copy the shard anew, or read on with on_error="skip"'
+            )
+        return data
 
-@patch
-def _bytes(self: CoyoDataset, i, first, size, crc):
-    path, place = self._shard(i), self.places[i]
-    data = read_at(path, int(place[first]), int(place[size]))
-    if zlib.crc32(data) != place[crc]:
-        raise ValueError(
-            f'{path}: the checksum of the file at byte {place[first]} does not fit; copy the shard anew, or read on with on_error="skip"'
-        )
-    return data
-
-# %% ../../nbs/data/07_coyo.ipynb #4a087a2b
-@patch
-def _keep(self: CoyoDataset, path, rows):
-    outside, threshold = (
-        (rows['lowest'] < 0) | (rows['highest'] >= self.target.classes),
-        self.target.threshold,
-    )
-    unknown = np.isnan(rows['best']) & (threshold is not None)
-    faults = [f for f in FAULTS[1:]] + [
-        f'has labels outside 0 … {self.target.classes - 1}',
-        'has no label_probs for the threshold',
-    ]
-    kind = np.where(
-        rows['fault'] > 0,
-        rows['fault'],
-        np.where(outside, len(faults) - 1, np.where(unknown, len(faults), 0)),
-    )
-    for n in np.flatnonzero(kind)[: 1 if self.on_error == 'raise' else 0]:
-        place = max(rows[n]['picture'], rows[n]['json']) - 512
-        key = (
-            read_at(path, int(place), 100)
-            .split(b'\0')[0]
-            .decode(errors='replace')
-            .partition('.')[0]
-        )
-        raise ValueError(
-            f'{path}: record {key} {faults[kind[n] - 1]}; correct it, or leave such records out with on_error="skip"'
-        )
-    weak = (
-        np.zeros(len(rows), bool) if threshold is None else (kind == 0) & (rows['best'] < threshold)
-    )
-    self.left_out.update(faults[k - 1] for k in kind[kind > 0])
-    if weak.any():
-        self.left_out['below the threshold'] += int(weak.sum())
-    return rows[(kind == 0) & ~weak]
+    def _keep(self, path, rows):
+        "The records of a shard that can be trained on; the others are counted in `.left_out`."
+        kind, faults = _faults_of(rows, self.target)
+        bad = np.flatnonzero(kind)
+        if len(bad) and self.on_error == 'raise':
+            raise ValueError(
+                f'{path}: record {_key_of(path, rows[bad[0]])} {faults[kind[bad[0]] - 1]}; '
+                'correct it, or leave such records out with on_error="skip"'
+            )
+        self.left_out.update(faults[k - 1] for k in kind[bad])
+        keep = kind == 0
+        if self.target.threshold is not None:
+            weak = keep & (rows['best'] < self.target.threshold)
+            if weak.any():
+                self.left_out['below the threshold'] += int(weak.sum())
+            keep &= ~weak
+        return rows[keep]
 
 # %% ../../nbs/data/07_coyo.ipynb #7862a3c7
 def threshold_table(
     images: CoyoDataset,  # opened without a threshold
     thresholds=(0.0, 0.05, 0.1, 0.15, 0.2, 0.25),
 ) -> pd.DataFrame:
-    "For each threshold: labels an image (of those kept), different labels, share of images kept; reads every record's labels once."
+    "Labels an image (of those kept), different labels, share of images kept, by threshold."
     known = [images.labels(i) for i in range(len(images))]
     rows = []
     for t in thresholds:
         left = [labels[probs >= t] for labels, probs in known]
         some = [labels for labels in left if len(labels)]
-        rows.append(
-            (
-                t,
-                sum(map(len, some)) / max(1, len(some)),
-                len(np.unique(np.concatenate(left))),
-                len(some) / len(left),
-            )
-        )
-    return pd.DataFrame(
-        rows, columns=['threshold', 'labels an image', 'different labels', 'images kept']
-    ).set_index('threshold')
+        row = {
+            'threshold': t,
+            'labels an image': sum(map(len, some)) / max(1, len(some)),
+            'different labels': len(np.unique(np.concatenate(left))),
+            'images kept': len(some) / len(left),
+        }
+        rows.append(row)
+    return pd.DataFrame(rows).set_index('threshold')
 
 # %% ../../nbs/data/07_coyo.ipynb #327bec2e
 def open_coyo(

@@ -17,10 +17,11 @@ from ..core.rng import MIX, seed_for
 
 # %% ../../nbs/data/02_inception.ipynb #18b3a4bf
 def _draw_size(height, width, area, ratio, pick):
-    "Height and width of a crop, or None if this draw is none."
+    "Height and width of a crop, or None if this draw gives none."
     least, most = (share * height * width for share in area)
     shape = ratio[0] + pick(2**24) / 2**24 * (ratio[1] - ratio[0])
-    low, high = round(math.sqrt(least / shape)), round(math.sqrt(most / shape))
+    low = round(math.sqrt(least / shape))
+    high = round(math.sqrt(most / shape))
     while round(high * shape) > width:
         high -= 1
     high = min(high, height)
@@ -30,7 +31,8 @@ def _draw_size(height, width, area, ratio, pick):
     if h * round(h * shape) > most:
         h -= 1
     w = round(h * shape)
-    return (h, w) if 0 < h <= height and 0 < w <= width and least <= h * w <= most else None
+    fits = 0 < h <= height and 0 < w <= width
+    return (h, w) if fits and least <= h * w <= most else None
 
 # %% ../../nbs/data/02_inception.ipynb #b403f51c
 def crop_box(
@@ -40,18 +42,20 @@ def crop_box(
     ratio: tuple = (0.75, 1.33),  # width / height
     generator: torch.Generator = None,  # torch's global one if None
 ) -> tuple:  # (top, left, height, width)
-    "A random crop as TensorFlow draws it (`sample_distorted_bounding_box`); the whole image where a hundred draws fail."
+    "TensorFlow's random crop (`sample_distorted_bounding_box`); the whole image if 100 draws fail."
 
     def pick(n):
         return int(torch.randint(n, (1,), generator=generator))
 
+    def start(whole, part):
+        return pick(whole - part) if part < whole else 0
+
     for _ in range(100):
         size = _draw_size(height, width, area, ratio, pick)
         if size:
-            return *(
-                pick(whole - part) if part < whole else 0
-                for whole, part in zip((height, width), size)
-            ), *size
+            top = start(height, size[0])
+            left = start(width, size[1])
+            return top, left, *size
     return 0, 0, height, width
 
 # %% ../../nbs/data/02_inception.ipynb #f96fbecb
@@ -74,7 +78,9 @@ def bilinear(
 
 # %% ../../nbs/data/02_inception.ipynb #bf2dba7a
 def _coverage(old, new):
-    edges, place = np.arange(new + 1) * (old / new), np.arange(old)
+    "float32 [new, old]: the share of each old pixel in each new one."
+    edges = np.arange(new + 1) * (old / new)
+    place = np.arange(old)
     inside = np.minimum(edges[1:, None], place + 1) - np.maximum(edges[:-1, None], place)
     return torch.from_numpy(inside.clip(0) * (new / old)).float()
 
@@ -94,46 +100,44 @@ def _normalise(pixels):
 
 @dataclass(frozen=True)
 class InceptionView:
-    "For training: `crop_box`, bilinear, flip. Chance from `generator`; from torch's global one, which `Augmented` seeds for each image, if None."
+    "For training: `crop_box`, bilinear, flip."
 
     image_size: int = 224
     area: tuple = (0.05, 1.0)
     ratio: tuple = (0.75, 1.33)
     hflip: float = 0.5
-    generator: torch.Generator = None
+    generator: torch.Generator = None  # torch's global one, as seeded by `Augmented`, if None
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         top, left, height, width = crop_box(
             image.height, image.width, self.area, self.ratio, self.generator
         )
-        view = bilinear(
-            pixels_of(image.crop((left, top, left + width, top + height))),
-            self.image_size,
-            self.image_size,
-        )
-        return _normalise(
-            view.flip(2) if torch.rand(1, generator=self.generator).item() < self.hflip else view
-        )
+        crop = image.crop((left, top, left + width, top + height))
+        view = bilinear(pixels_of(crop), self.image_size, self.image_size)
+        if torch.rand(1, generator=self.generator).item() < self.hflip:
+            view = view.flip(2)
+        return _normalise(view)
 
 # %% ../../nbs/data/02_inception.ipynb #97fc30c6
 @dataclass(frozen=True)
 class CentreView:
-    "For measuring while pre-training: shorter side to `small` by area, then the centre. `ValueError` if `small` is too small."
+    "For evaluation during pre-training: shorter side to `small` by area, then the centre."
 
     image_size: int = 224
-    small: int = 256
+    small: int = 256  # `ValueError` if less than `image_size`
 
     def __post_init__(self):
         if self.small < self.image_size:
             raise ValueError(
-                f'small={self.small} is less than image_size={self.image_size}; a centre needs something around it, e.g. {round(self.image_size * 8 / 7)}'
+                f'small={self.small} is less than image_size={self.image_size}; '
+                f'a centre needs something around it, e.g. {round(self.image_size * 8 / 7)}'
             )
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
+        # in float32, as published: one pixel may depend on it
         sides = np.array([image.height, image.width], np.float32)
-        height, width = map(
-            int, np.round(sides * (np.float32(self.small) / sides.min()))
-        )  # in float32, as published: one pixel may depend on it
+        sides = np.round(sides * (np.float32(self.small) / sides.min()))
+        height, width = int(sides[0]), int(sides[1])
         top, left = (height - self.image_size) // 2, (width - self.image_size) // 2
         view = area_resize(pixels_of(image), height, width)
         return _normalise(view[:, top : top + self.image_size, left : left + self.image_size])
@@ -141,7 +145,7 @@ class CentreView:
 
 @dataclass(frozen=True)
 class SquashView:
-    "For measuring after fine-tuning: the whole image, squashed."
+    "For evaluation after fine-tuning: the whole image, squashed."
 
     image_size: int = 384
 
@@ -154,7 +158,7 @@ def beta(
     n: int,
     generator: torch.Generator = None,
 ) -> torch.Tensor:  # float32 [n], 0 … 1
-    "Numbers from a Beta distribution, by NumPy, seeded by torch's generator, which has none of its own for it."
+    "Numbers from a Beta distribution, by NumPy, which torch's generator seeds."
     rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
     return torch.from_numpy(rng.beta(alpha, alpha, n)).float()
 
@@ -168,7 +172,8 @@ def mixup_reversed(
     weights = weights.to(images)
 
     def blend(x):
-        return x * (w := weights.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)) + x.flip(0) * (1 - w)
+        w = weights.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+        return x * w + x.flip(0) * (1 - w)
 
     return blend(images), blend(targets)
 
@@ -180,18 +185,17 @@ def cutmix_masks(
     alpha: float,
     generator: torch.Generator = None,
 ) -> torch.Tensor:  # bool [n, height, width], True where the partner shows
-    "A rectangle for each image, sides √(1 - λ) of its own, centred anywhere and cut off at the edges."
+    "A rectangle for each image, sides √(1 - λ) of its own, centred anywhere, cut off at the edges."
     shrink = (1 - beta(alpha, n, generator)).sqrt()
 
     def along(side):
-        centre, half = (
-            torch.randint(side, (n, 1), generator=generator),
-            (shrink * side).long()[:, None] // 2,
-        )
+        centre = torch.randint(side, (n, 1), generator=generator)
+        half = (shrink * side).long()[:, None] // 2
         place = torch.arange(side)
         return (place >= centre - half) & (place < centre + half)
 
-    columns, rows = along(width), along(height)
+    columns = along(width)
+    rows = along(height)
     return rows[:, :, None] & columns[:, None, :]
 
 # %% ../../nbs/data/02_inception.ipynb #8722eefa
@@ -201,14 +205,13 @@ def cutmix_reversed(
     masks: torch.Tensor,  # bool [b, h, w]
     batch_area: bool = False,  # targets by the mean area of the batch, as published
 ) -> tuple:  # images, targets
-    "Each image with a rectangle of its partner in the reversed batch, its target by the area of the rectangle."
+    "Each image with a rectangle of its partner in the reversed batch, targets mixed by its area."
     masks = masks.to(images.device)
     share = masks.to(targets.dtype).mean((1, 2))[:, None]
     if batch_area:
         share = share.mean()
-    return torch.where(masks[:, None], images.flip(0), images), targets * (
-        1 - share
-    ) + targets.flip(0) * share
+    mixed = torch.where(masks[:, None], images.flip(0), images)
+    return mixed, targets * (1 - share) + targets.flip(0) * share
 
 # %% ../../nbs/data/02_inception.ipynb #e0373fba
 def mix_reversed(
@@ -219,19 +222,25 @@ def mix_reversed(
     generator: torch.Generator = None,  # torch's global one if None; on the CPU
     batch_area: bool = False,  # see `cutmix_reversed`
 ) -> tuple:  # images, targets
-    "Mixup, cutmix, or one for each half of the batch, with partners from the reverse (COYO-ViT's `mixing`)."
-    cut = len(images) if not mixup else len(images) - len(images) // 2 if cutmix else 0
+    "Mixup, cutmix, or one for each half, with partners from the reverse (COYO-ViT's `mixing`)."
+    if not (mixup or cutmix):
+        return images, targets
+    if not cutmix:
+        first = len(images)  # how many get mixup
+    elif not mixup:
+        first = 0
+    else:
+        first = len(images) // 2
     parts = []
     if mixup:
-        x, y = images[: len(images) - cut], targets[: len(images) - cut]
+        x, y = images[:first], targets[:first]
         weights = beta(mixup, len(x), generator)
         parts.append(mixup_reversed(x, y, torch.maximum(weights, 1 - weights)))
     if cutmix:
-        x, y = images[len(images) - cut :], targets[len(images) - cut :]
-        parts.append(
-            cutmix_reversed(x, y, cutmix_masks(len(x), *x.shape[2:], cutmix, generator), batch_area)
-        )
-    return tuple(map(torch.cat, zip(*parts))) if parts else (images, targets)
+        x, y = images[first:], targets[first:]
+        masks = cutmix_masks(len(x), *x.shape[2:], cutmix, generator)
+        parts.append(cutmix_reversed(x, y, masks, batch_area))
+    return tuple(torch.cat(both) for both in zip(*parts))
 
 # %% ../../nbs/data/02_inception.ipynb #a050ec4d
 def reversed_mixer(
@@ -240,24 +249,17 @@ def reversed_mixer(
     classes: int,  # width of the targets
     seed: int = 0,
     batch_area: bool = False,
-) -> (
-    Callable | None
-):  # (images, labels or targets, step, part, on) → (images, targets [b, classes]); None if nothing is mixed
-    "`mix_reversed`, its chance a function of (seed, step, part)."
+) -> Callable | None:  # see below; None if nothing is mixed
+    "`mix_reversed`, its random numbers a function of (seed, step, part)."
     if not (mixup or cutmix):
         return None
 
+    # (images, labels or targets, step, part, on) → (images, targets [b, classes])
     def mixed(images, labels, step, part=0, on=True):
         targets = labels if labels.is_floating_point() else F.one_hot(labels, classes).float()
         if not on:
             return images, targets
-        return mix_reversed(
-            images,
-            targets,
-            mixup,
-            cutmix,
-            torch.Generator().manual_seed(seed_for(seed, MIX, step, part)),
-            batch_area,
-        )
+        generator = torch.Generator().manual_seed(seed_for(seed, MIX, step, part))
+        return mix_reversed(images, targets, mixup, cutmix, generator, batch_area)
 
     return mixed

@@ -7,12 +7,12 @@ __all__ = ['FIRST_WORD', 'ContourCategory', 'AtomCategory', 'corner_table', 'Con
 
 # %% ../../nbs/formulas/02_contours.ipynb #2afbef24
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import ClassVar, Iterator
+from typing import ClassVar
 import numpy as np
 from numba import njit, float32, uint32, uint64
-from fastcore.basics import patch
 from ..core.rng import PythonRandom, mt_randbelow, mt_random, _philox_fill
 from ..core.raster import draw_polygon, perlin_noise
 from .formula import Formula, Sample, knob
@@ -20,7 +20,7 @@ from .formula import Formula, Sample, knob
 # %% ../../nbs/formulas/02_contours.ipynb #cb8607cb
 @dataclass(frozen=True)
 class ContourCategory:
-    "The parameters of a contour class; lengths in pixels. A default leaves its part of the drawing out."
+    "The parameters of a contour class; lengths in pixels. A default leaves its part out."
 
     vertices: int  # corners of the polygon, at least 3
     radius: int  # of the circle the corners start on
@@ -34,6 +34,24 @@ class ContourCategory:
     wave_1: ClassVar[int] = 0
     wave_2: ClassVar[int] = 0
 
+    def row(self) -> dict:
+        "The parameters under their published names, in the published order."
+        return dict(
+            Vertex=self.vertices,
+            Perlin_noise=self.noise,
+            line_width=self.drift,
+            Center_rad=self.radius,
+            Line_num=self.lines,
+            Oval_rate_x=self.oval_x,
+            Oval_rate_y=self.oval_y,
+            start_pos_h=self.start_h,
+            start_pos_w=self.start_w,
+        )
+
+    def csv(self) -> str:
+        "The text of the class's parameter file: one `name,value` a line."
+        return ''.join(f'{name},{value}\n' for name, value in self.row().items())
+
 # %% ../../nbs/formulas/02_contours.ipynb #97e4f39b
 @dataclass(frozen=True)
 class AtomCategory(ContourCategory):
@@ -42,6 +60,10 @@ class AtomCategory(ContourCategory):
     wave_1: int = 0  # periods of the first sine around the line
     wave_2: int = 0  # periods of the second
 
+    def row(self) -> dict:
+        "The parameters under RCDB's names, the waves under the names of their flags."
+        return super().row() | dict(nami_1=self.wave_1, nami_2=self.wave_2)
+
 # %% ../../nbs/formulas/02_contours.ipynb #dad7997f
 @lru_cache(maxsize=64)
 def corner_table(
@@ -49,7 +71,7 @@ def corner_table(
     wave_1: int = 0,  # periods of the first sine
     wave_2: int = 0,  # periods of the second
 ) -> np.ndarray:  # float64 [4, vertices], read-only
-    "Cosine and sine of each corner's angle, then half a sine for each wave; `ValueError` under 3 corners."
+    "Cosine and sine of each corner's angle, then half a sine for each wave; 3 corners or more."
     if vertices < 3:
         raise ValueError(f'vertices={vertices} makes no polygon; take 3 or more')
     angles = math.pi * 2 / vertices * np.arange(vertices)
@@ -74,34 +96,6 @@ def _bend(xs, ys, table, noise, strength, gain, drift):
         xs[v] -= table[0, v] * (across - drift)
         ys[v] -= table[1, v] * (down - drift)
 
-# %% ../../nbs/formulas/02_contours.ipynb #d266fa9a
-@dataclass(frozen=True)
-class Contours(Formula):
-    "What RCDB and VisualAtom share. A family adds its knobs, `new_category` and `new_instance`."
-
-    gain: ClassVar[float] = 1.0  # how often the noise counts
-    start_first: ClassVar[bool] = True  # is the centre added before the corners are bent?
-    ranges: ClassVar[tuple] = ()  # pairs of knobs, smallest and largest
-    start_class: ClassVar[int] = 0  # number of the first class
-
-    def __post_init__(self):
-        super().__post_init__()
-        for low, high in self.ranges:
-            a, b = getattr(self, low), getattr(self, high)
-            if a > b:
-                raise ValueError(
-                    f'{type(self).__name__}: {low}={a} is above {high}={b}; exchange them or widen the range'
-                )
-
-    @property
-    def greys(self) -> int:
-        return 256
-
-    def split_start(self, category):
-        "The centre (x, y) as added before bending and as added when drawing."
-        start, none = (category.start_w, category.start_h), (0.0, 0.0)
-        return (start, none) if self.start_first else (none, start)
-
 # %% ../../nbs/formulas/02_contours.ipynb #221812f0
 @njit(cache=True, nogil=True)
 def _add_line(work, places, noise, grey):
@@ -117,11 +111,8 @@ FIRST_WORD = 8  # of the stream of an image: where its lines begin
 @njit(cache=True, nogil=True)
 def _canonical_lines(work, lines, greys, key, address):
     n = 2 * work[1].size
-    words, places, noise = (
-        np.empty(n + 1, np.uint32),
-        np.empty(n, np.float32),
-        np.empty(n, np.float32),
-    )
+    words = np.empty(n + 1, np.uint32)
+    places, noise = np.empty(n, np.float32), np.empty(n, np.float32)
     for line in range(lines):
         _philox_fill(words, FIRST_WORD + line * (n + 1), key, address)
         for v in range(n):
@@ -142,43 +133,102 @@ def _reference_lines(work, lines, greys, state):
             _add_line(work, places, noise, grey)
 
 # %% ../../nbs/formulas/02_contours.ipynb #41fefbef
-@patch
-def _work(self: Contours, category, size):
-    inside, outside = self.split_start(category)
+def _work(formula, category, size):
+    "What `_add_line` takes, of an image without lines."
+    inside, outside = formula.split_start(category)
     table = corner_table(category.vertices, category.wave_1, category.wave_2)
     xs = table[0] * category.radius * category.oval_x + inside[0]
     ys = table[1] * category.radius * category.oval_y + inside[1]
-    image = np.full((size, size), self.background, np.uint8)
-    return (
-        image,
-        xs,
-        ys,
-        table,
-        outside,
-        float(category.noise),
-        float(self.gain),
-        float(category.drift),
-    )
+    image = np.full((size, size), formula.background, np.uint8)
+    strength, gain, drift = float(category.noise), float(formula.gain), float(category.drift)
+    return image, xs, ys, table, outside, strength, gain, drift
 
+# %% ../../nbs/formulas/02_contours.ipynb #1bce97a7
+@dataclass(frozen=True)
+class Contours(Formula):
+    "What RCDB and VisualAtom share. A family adds knobs, `new_category` and `new_instance`."
 
-@patch
-def paint(
-    self: Contours,
-    category: ContourCategory,  # any parameters, of this formula or made up
-    c: int,  # class whose random numbers to use
-    k: int,  # instance whose random numbers to use
-) -> np.ndarray:  # uint8 [size, size]
-    "A picture of `category` with the canonical greys and noise of image (c, k); `IndexError` outside the formula."
-    self.check(c, k)
-    stream, work = self.instance_stream(self.start_class + c, k), self._work(category, self.size)
-    _canonical_lines(
-        work,
-        category.lines,
-        self.greys,
-        np.uint64(stream.seed),
-        np.array(stream.address, np.uint32),
-    )
-    return work[0]
+    gain: ClassVar[float] = 1.0  # how often the noise counts
+    start_first: ClassVar[bool] = True  # is the centre added before the corners are bent?
+    ranges: ClassVar[tuple] = ()  # pairs of knobs, smallest and largest
+    start_class: ClassVar[int] = 0  # number of the first class
+
+    def __post_init__(self):
+        super().__post_init__()
+        for low, high in self.ranges:
+            a, b = getattr(self, low), getattr(self, high)
+            if a > b:
+                raise ValueError(
+                    f'{type(self).__name__}: {low}={a} is above {high}={b}; '
+                    'exchange them or widen the range'
+                )
+
+    @property
+    def greys(self) -> int:
+        return 256
+
+    def split_start(self, category):
+        "The centre (x, y) as added before bending and as added when drawing."
+        start, none = (category.start_w, category.start_h), (0.0, 0.0)
+        return (start, none) if self.start_first else (none, start)
+
+    def paint(
+        self,
+        category: ContourCategory,  # any parameters, of this formula or made up
+        c: int,  # class whose random numbers to use
+        k: int,  # instance whose random numbers to use
+    ) -> np.ndarray:  # uint8 [size, size]
+        "`category` with the canonical greys and noise of image (c, k); `IndexError` outside."
+        self.check(c, k)
+        stream = self.instance_stream(self.start_class + c, k)
+        work = _work(self, category, self.size)
+        key, address = np.uint64(stream.seed), np.array(stream.address, np.uint32)
+        _canonical_lines(work, category.lines, self.greys, key, address)
+        return work[0]
+
+    def category(
+        self,
+        c: int,  # class, 0 … classes - 1
+    ) -> ContourCategory:
+        "The parameters of class `c`, from its own random stream; `IndexError` outside the formula."
+        self.check(c)
+        return self.new_category(self.category_stream(self.start_class + c))
+
+    def draw(self, c: int, k: int) -> np.ndarray:
+        "Image (c, k), uint8 [size, size]; for k > 0 the instance's stream redraws the category."
+        category = self.category(c)
+        if k:
+            category = self.new_instance(category, self.instance_stream(self.start_class + c, k))
+        return self.paint(category, c, k)
+
+    def reference(
+        self,
+        thread: int = 0,  # which of the published program's processes
+        threads: int = 1,  # how many it was started with
+    ) -> Iterator[Sample]:
+        "The published images of one thread, in order, classes numbered from `start_class`."
+        _check_thread(self, thread, threads)
+        return (
+            Sample(c, k, image, self.file(c, k, category))
+            for c, k, category, image in _published_order(self, thread, threads, self.size)
+        )
+
+    def reference_categories(
+        self,
+        thread: int = 0,  # which of the published program's processes
+        threads: int = 1,  # how many it was started with
+    ) -> Iterator[tuple]:
+        "(class, category) as one published thread draws them; the images are skipped."
+        _check_thread(self, thread, threads)
+        images = _published_order(self, thread, threads, 0)
+        return ((c, category) for c, k, category, _ in images if k == 0)
+
+# %% ../../nbs/formulas/02_contours.ipynb #582930dd
+def _start(formula, rng):
+    "A centre near the middle: first down, then across."
+    h = (formula.size + rng.randint(-formula.start_range, formula.start_range)) / 2
+    w = (formula.size + rng.randint(-formula.start_range, formula.start_range)) / 2
+    return dict(start_h=h, start_w=w)
 
 # %% ../../nbs/formulas/02_contours.ipynb #08f166d7
 @dataclass(frozen=True)
@@ -214,71 +264,82 @@ class RCDB(Contours):
     def greys(self) -> int:
         return self.size // 2 + 1
 
-# %% ../../nbs/formulas/02_contours.ipynb #daa427e9
-def _start(formula, rng):
-    "A centre near the middle: first down, then across."
-    h = (formula.size + rng.randint(-formula.start_range, formula.start_range)) / 2
-    w = (formula.size + rng.randint(-formula.start_range, formula.start_range)) / 2
-    return dict(start_h=h, start_w=w)
+    def new_category(
+        self,
+        rng,  # `random.Random` or `CounterRandom`
+    ) -> ContourCategory:
+        "The next class that `rng` gives, in the published order of draws."
+        vertices = 0
+        while not 2 < vertices <= self.vertices_max:
+            vertices = int(rng.expovariate(1 / 100))
+        lines = rng.randint(self.lines_min, self.lines_min + 199)
+        noise = rng.uniform(self.noise_min, self.noise_min + 4)
+        drift = rng.uniform(0.0, self.drift)
+        radius = rng.randint(self.radius_min, self.radius_min + 100)
+        oval_x, oval_y = rng.uniform(1, self.oval_max), rng.uniform(1, self.oval_max)
+        start = _start(self, rng)
+        return ContourCategory(vertices, radius, noise, drift, lines, oval_x, oval_y, **start)
 
+    def new_instance(
+        self,
+        category: ContourCategory,  # of the image before, or of the class
+        rng,  # `random.Random` or `CounterRandom`
+    ) -> ContourCategory:
+        "`category` with stretch, radius and centre drawn anew."
+        oval_x, oval_y = rng.uniform(1, self.oval_max), rng.uniform(1, self.oval_max)
+        radius = rng.randint(self.radius_min, self.radius_min + 100)
+        return replace(category, oval_x=oval_x, oval_y=oval_y, radius=radius, **_start(self, rng))
 
-@patch
-def new_category(
-    self: RCDB,
-    rng,  # `random.Random` or `CounterRandom`
-) -> ContourCategory:
-    "The next class that `rng` gives, in the published order of draws."
-    vertices = 0
-    while not 2 < vertices <= self.vertices_max:
-        vertices = int(rng.expovariate(1 / 100))
-    lines, noise = (
-        rng.randint(self.lines_min, self.lines_min + 199),
-        rng.uniform(self.noise_min, self.noise_min + 4),
-    )
-    drift, radius = (
-        rng.uniform(0.0, self.drift),
-        rng.randint(self.radius_min, self.radius_min + 100),
-    )
-    oval_x, oval_y = rng.uniform(1, self.oval_max), rng.uniform(1, self.oval_max)
-    return ContourCategory(
-        vertices, radius, noise, drift, lines, oval_x, oval_y, **_start(self, rng)
-    )
+    def file(self, c: int, k: int, category: ContourCategory) -> str:
+        "Where `make_rcdb.py` saves the image, relative to its output folder."
+        return f'image/{c:05d}/{c:05d}_{k:04d}.png'
 
-# %% ../../nbs/formulas/02_contours.ipynb #485f153e
-@patch
-def category(
-    self: Contours,
-    c: int,  # class, 0 … classes - 1
-) -> ContourCategory:
-    "The parameters of class `c`, from its own random stream; `IndexError` outside the formula."
-    self.check(c)
-    return self.new_category(self.category_stream(self.start_class + c))
+    def published_file(self, c: int, k: int) -> str:
+        return self.file(self.start_class + c, k, None)
 
-# %% ../../nbs/formulas/02_contours.ipynb #f65c03c5
-@patch
-def new_instance(
-    self: RCDB,
-    category: ContourCategory,  # of the image before, or of the class
-    rng,  # `random.Random` or `CounterRandom`
-) -> ContourCategory:
-    "`category` with stretch, radius and centre drawn anew."
-    oval_x, oval_y = rng.uniform(1, self.oval_max), rng.uniform(1, self.oval_max)
-    radius = rng.randint(self.radius_min, self.radius_min + 100)
-    return replace(category, oval_x=oval_x, oval_y=oval_y, radius=radius, **_start(self, rng))
+# %% ../../nbs/formulas/02_contours.ipynb #c0084680
+_ATOM_FLAGS = dict(
+    numof_classes='classes',
+    numof_instances='instances',
+    image_size='size',
+    start_class='start_class',
+    vertex_num_min='vertices_min',
+    vertex_num_max='vertices_max',
+    line_num_min='lines_min',
+    line_num_max='lines_max',
+    perlin_min='noise_min',
+    line_width='drift',
+    radius_min='radius_min',
+    oval_rate='oval_max',
+    start_pos='start_range',
+    nami_1_min='wave_1_min',
+    nami_1_max='wave_1_max',
+    nami_2_min='wave_2_min',
+    nami_2_max='wave_2_max',
+)
 
+# %% ../../nbs/formulas/02_contours.ipynb #eda78e5b
+def _waves(formula, rng):
+    first = rng.randint(formula.wave_1_min, formula.wave_1_max)
+    if first and first == formula.wave_2_min == formula.wave_2_max:
+        raise ValueError(
+            f'VisualAtom: wave_2_min=wave_2_max={first} cannot differ from the first wave, '
+            f'which is {first} too; widen the range'
+        )
+    while True:
+        second = rng.randint(formula.wave_2_min, formula.wave_2_max)
+        if first != second or first == 0:
+            return dict(wave_1=first, wave_2=second)
 
-@patch
-def draw(self: Contours, c: int, k: int) -> np.ndarray:
-    "Image (c, k), uint8 [size, size]: the class's category, for k > 0 redrawn by the instance's stream, painted."
-    category = self.category(c)
-    if k:
-        category = self.new_instance(category, self.instance_stream(self.start_class + c, k))
-    return self.paint(category, c, k)
+# %% ../../nbs/formulas/02_contours.ipynb #8a04a40d
+@lru_cache(4096)
+def _category(formula, c):
+    return formula.category(c)
 
 # %% ../../nbs/formulas/02_contours.ipynb #2ccd19f3
 @dataclass(frozen=True)
 class VisualAtom(Contours):
-    "VisualAtom (Takashima et al., CVPR 2023; `render_VisualAtom.py`): light contours with two waves on black."
+    "VisualAtom (Takashima et al., CVPR 2023; `render_VisualAtom.py`): light lines with two waves."
 
     vertices_min: int = knob(200, 3, 10_000, 'smallest number of corners of a class')
     vertices_max: int = knob(1000, 3, 10_000, 'largest number of corners of a class')
@@ -299,169 +360,64 @@ class VisualAtom(Contours):
         0, 0, 2**31, 'number of the first class: 1000 continues a data set of 1000'
     )
 
-# %% ../../nbs/formulas/02_contours.ipynb #c0084680
-VisualAtom.name = 'visualatom'
-VisualAtom.ranges = tuple(
-    (f'{name}_min', f'{name}_max') for name in ('vertices', 'lines', 'wave_1', 'wave_2')
-)
-VisualAtom.flags = dict(
-    numof_classes='classes',
-    numof_instances='instances',
-    image_size='size',
-    start_class='start_class',
-    vertex_num_min='vertices_min',
-    vertex_num_max='vertices_max',
-    line_num_min='lines_min',
-    line_num_max='lines_max',
-    perlin_min='noise_min',
-    line_width='drift',
-    radius_min='radius_min',
-    oval_rate='oval_max',
-    start_pos='start_range',
-    nami_1_min='wave_1_min',
-    nami_1_max='wave_1_max',
-    nami_2_min='wave_2_min',
-    nami_2_max='wave_2_max',
-)
-VisualAtom.program_defaults = dict(noise_min=2.0, drift=0.01, radius_min=0)
-
-# %% ../../nbs/formulas/02_contours.ipynb #eda78e5b
-def _waves(formula, rng):
-    first = rng.randint(formula.wave_1_min, formula.wave_1_max)
-    if first and first == formula.wave_2_min == formula.wave_2_max:
-        raise ValueError(
-            f'VisualAtom: wave_2_min=wave_2_max={first} cannot differ from the first wave, which is {first} too; widen the range'
-        )
-    while True:
-        second = rng.randint(formula.wave_2_min, formula.wave_2_max)
-        if first != second or first == 0:
-            return dict(wave_1=first, wave_2=second)
-
-
-@patch
-def new_category(
-    self: VisualAtom,
-    rng,  # `random.Random` or `CounterRandom`
-) -> AtomCategory:
-    "The next class that `rng` gives, in the published order of draws; `ValueError` if its waves cannot differ."
-    vertices, lines = (
-        rng.randint(self.vertices_min, self.vertices_max),
-        rng.randint(self.lines_min, self.lines_max),
+    name = 'visualatom'
+    ranges = (
+        ('vertices_min', 'vertices_max'),
+        ('lines_min', 'lines_max'),
+        ('wave_1_min', 'wave_1_max'),
+        ('wave_2_min', 'wave_2_max'),
     )
-    noise, drift = rng.uniform(self.noise_min, self.noise_min + 4), rng.uniform(0.0, self.drift)
-    radius, waves = rng.randint(self.radius_min, self.radius_min + 50), _waves(self, rng)
-    oval_x, oval_y = rng.uniform(1, self.oval_max), rng.uniform(1, self.oval_max)
-    return AtomCategory(
-        vertices, radius, noise, drift, lines, oval_x, oval_y, **_start(self, rng), **waves
-    )
+    flags = _ATOM_FLAGS
+    program_defaults = dict(noise_min=2.0, drift=0.01, radius_min=0)
 
-# %% ../../nbs/formulas/02_contours.ipynb #3a1e25d0
-@patch
-def new_instance(
-    self: VisualAtom,
-    category: AtomCategory,  # of the image before, or of the class
-    rng,  # `random.Random` or `CounterRandom`
-) -> AtomCategory:
-    "`category` with the centre drawn anew."
-    return replace(category, **_start(self, rng))
+    def new_category(
+        self,
+        rng,  # `random.Random` or `CounterRandom`
+    ) -> AtomCategory:
+        "The next class that `rng` gives, in the published order; `ValueError` if its waves agree."
+        vertices = rng.randint(self.vertices_min, self.vertices_max)
+        lines = rng.randint(self.lines_min, self.lines_max)
+        noise = rng.uniform(self.noise_min, self.noise_min + 4)
+        drift = rng.uniform(0.0, self.drift)
+        radius = rng.randint(self.radius_min, self.radius_min + 50)
+        waves = _waves(self, rng)
+        oval_x, oval_y = rng.uniform(1, self.oval_max), rng.uniform(1, self.oval_max)
+        rest = _start(self, rng) | waves
+        return AtomCategory(vertices, radius, noise, drift, lines, oval_x, oval_y, **rest)
+
+    def new_instance(
+        self,
+        category: AtomCategory,  # of the image before, or of the class
+        rng,  # `random.Random` or `CounterRandom`
+    ) -> AtomCategory:
+        "`category` with the centre drawn anew."
+        return replace(category, **_start(self, rng))
+
+    def file(self, c: int, k: int, category: ContourCategory) -> str:
+        "Where `render_VisualAtom.py` saves the image, relative to its output folder."
+        return f'{c:05d}/vertex_{category.vertices:04d}_instance_{k:04d}.png'
+
+    def published_file(self, c: int, k: int) -> str:
+        return self.file(self.start_class + c, k, _category(self, c))
 
 # %% ../../nbs/formulas/02_contours.ipynb #18293a4b
-@patch
-def _stream(self: Contours, thread, threads, size):
-    share, rng = int(self.classes / threads), PythonRandom(thread + 1)
-    for c in range(self.start_class + thread * share, self.start_class + (thread + 1) * share):
-        category = self.new_category(rng)
-        for k in range(self.instances):
-            work = self._work(category, size)
+def _published_order(formula, thread, threads, size):
+    "(class, instance, category, image) of one published thread."
+    share, rng = int(formula.classes / threads), PythonRandom(thread + 1)
+    first = formula.start_class + thread * share
+    for c in range(first, first + share):
+        category = formula.new_category(rng)
+        for k in range(formula.instances):
+            work = _work(formula, category, size)
             with rng.kernel_state() as state:
-                _reference_lines(work, category.lines, self.greys, state)
+                _reference_lines(work, category.lines, formula.greys, state)
             yield c, k, category, work[0]
-            category = self.new_instance(category, rng)
+            category = formula.new_instance(category, rng)
 
 
-@patch
-def _check_thread(self: Contours, thread, threads):
+def _check_thread(formula, thread, threads):
     if not 0 <= thread < threads:
         raise ValueError(
-            f'{self.name}: thread={thread} of threads={threads} does not exist; count from 0 to threads - 1'
+            f'{formula.name}: thread={thread} of threads={threads} does not exist; '
+            'count from 0 to threads - 1'
         )
-
-# %% ../../nbs/formulas/02_contours.ipynb #e2edd891
-@patch
-def file(self: RCDB, c: int, k: int, category: ContourCategory) -> str:
-    "Where `make_rcdb.py` saves the image, relative to its output folder."
-    return f'image/{c:05d}/{c:05d}_{k:04d}.png'
-
-
-@patch
-def file(self: VisualAtom, c: int, k: int, category: ContourCategory) -> str:
-    "Where `render_VisualAtom.py` saves the image, relative to its output folder."
-    return f'{c:05d}/vertex_{category.vertices:04d}_instance_{k:04d}.png'
-
-
-@lru_cache(4096)
-def _category(formula, c):
-    return formula.category(c)
-
-
-@patch
-def published_file(self: RCDB, c: int, k: int) -> str:
-    return self.file(self.start_class + c, k, None)
-
-
-@patch
-def published_file(self: VisualAtom, c: int, k: int) -> str:
-    return self.file(self.start_class + c, k, _category(self, c))
-
-
-@patch
-def reference(
-    self: Contours,
-    thread: int = 0,  # which of the published program's processes
-    threads: int = 1,  # how many it was started with
-) -> Iterator[Sample]:
-    "The published images of one thread, in order, classes numbered from `start_class`; `ValueError` for a thread that does not exist."
-    self._check_thread(thread, threads)
-    return (
-        Sample(c, k, image, self.file(c, k, category))
-        for c, k, category, image in self._stream(thread, threads, self.size)
-    )
-
-# %% ../../nbs/formulas/02_contours.ipynb #0d120a84
-@patch
-def row(self: ContourCategory) -> dict:
-    "The parameters under their published names, in the published order."
-    return dict(
-        Vertex=self.vertices,
-        Perlin_noise=self.noise,
-        line_width=self.drift,
-        Center_rad=self.radius,
-        Line_num=self.lines,
-        Oval_rate_x=self.oval_x,
-        Oval_rate_y=self.oval_y,
-        start_pos_h=self.start_h,
-        start_pos_w=self.start_w,
-    )
-
-
-@patch
-def row(self: AtomCategory) -> dict:
-    "The parameters under RCDB's names, the waves under the names of their flags."
-    return ContourCategory.row(self) | dict(nami_1=self.wave_1, nami_2=self.wave_2)
-
-
-@patch
-def csv(self: ContourCategory) -> str:
-    "The text of the class's parameter file: one `name,value` a line."
-    return ''.join(f'{name},{value}\n' for name, value in self.row().items())
-
-# %% ../../nbs/formulas/02_contours.ipynb #598bdd21
-@patch
-def reference_categories(
-    self: Contours,
-    thread: int = 0,  # which of the published program's processes
-    threads: int = 1,  # how many it was started with
-) -> Iterator[tuple]:
-    "(class, category) as one published thread draws them; images are skipped, their random numbers spent. `ValueError` as `reference`."
-    self._check_thread(thread, threads)
-    return ((c, category) for c, k, category, _ in self._stream(thread, threads, 0) if k == 0)

@@ -26,7 +26,7 @@ LAUNCHERS = (
 def found_ranks(
     environment=None,  # mapping of variables; `os.environ` if None
 ) -> dict | None:  # launcher, rank, world, local; None when nobody launched us
-    "Who launched this process as one of several, and as which; a launcher that started a single process does not count."
+    "Who launched this process as one of several, and as which; a single process does not count."
     env = os.environ if environment is None else environment
     for name, rank, world, local in LAUNCHERS:
         if rank in env and int(env.get(world, 1)) > 1:
@@ -38,44 +38,48 @@ def found_ranks(
             )
 
 # %% ../../nbs/training/02_distributed.ipynb #5f4c15c7
+_LOCAL_SIZES = ('OMPI_COMM_WORLD_LOCAL_SIZE', 'MPI_LOCALNRANKS', 'LOCAL_WORLD_SIZE')
+
+
+def _on_several_machines(found, env):
+    if found['launcher'] == 'SLURM' and int(env.get('SLURM_NNODES', 1)) > 1:
+        return True
+    sizes = [int(env[k]) for k in _LOCAL_SIZES if k in env]
+    return bool(sizes) and sizes[0] < found['world']
+
+
 def meeting_place(
     found: dict,  # of `found_ranks`
     environment=None,  # mapping of variables; `os.environ` if None
 ) -> dict:  # MASTER_ADDR and MASTER_PORT
-    "Where the ranks meet; `ValueError` if they are on several machines and nobody has said where."
+    "Where the ranks meet; `ValueError` if they are on several machines and no place was given."
     env = os.environ if environment is None else environment
-    here = next(
-        (
-            int(env[k])
-            for k in ('OMPI_COMM_WORLD_LOCAL_SIZE', 'MPI_LOCALNRANKS', 'LOCAL_WORLD_SIZE')
-            if k in env
-        ),
-        found['world'],
-    )
-    several = (
-        here < found['world']
-        or found['launcher'] == 'SLURM'
-        and int(env.get('SLURM_NNODES', 1)) > 1
-    )
-    if several and 'MASTER_ADDR' not in env:
+    if 'MASTER_ADDR' not in env and _on_several_machines(found, env):
         raise ValueError(
-            f"MASTER_ADDR is not set, and {found['launcher']} started the processes on several machines; set it to the name or address of the first"
+            f"MASTER_ADDR is not set, and {found['launcher']} started the processes on several "
+            'machines; set it to the name or address of the first'
         )
     return dict(
         MASTER_ADDR=env.get('MASTER_ADDR', '127.0.0.1'), MASTER_PORT=env.get('MASTER_PORT', '29500')
     )
 
 # %% ../../nbs/training/02_distributed.ipynb #ffc4ad10
+def _device():
+    if torch.cuda.is_available():
+        return torch.device('cuda', torch.cuda.current_device())
+    return torch.device('cpu')
+
+
 @contextmanager
 def join(
     timeout: float = 1800,  # seconds a rank waits for the others before it gives up
 ):
-    "Enters the process group for the block, if there is one to enter; yields this rank's `torch.device`."
+    "Enters the process group for the block, if there is one; yields this rank's `torch.device`."
     found = found_ranks()
-    gpu = torch.cuda.is_available()
     if found is None or dist.is_initialized():
-        yield torch.device('cuda', torch.cuda.current_device()) if gpu else torch.device('cpu')
+        yield _device()
         return
+    gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(found['local'] % torch.cuda.device_count())
     os.environ.update(meeting_place(found))
@@ -85,9 +89,11 @@ def join(
         world_size=found['world'],
         timeout=timedelta(seconds=timeout),
     )
-    yield torch.device('cuda', torch.cuda.current_device()) if gpu else torch.device('cpu')
+    yield _device()
+    # Not after an error: leaving the group first would make the others report a lost partner
+    # before this rank reports the cause.
     dist.barrier()
-    dist.destroy_process_group()  # not after an error: leaving the group first would make the others report a lost partner before we report the cause
+    dist.destroy_process_group()
 
 # %% ../../nbs/training/02_distributed.ipynb #aeced189
 def rank() -> int:
@@ -116,11 +122,7 @@ def each(
     "Every process's values, in the order of ranks."
     if world() == 1:
         return [values]
-    device = (
-        torch.device('cuda', torch.cuda.current_device())
-        if dist.get_backend() == 'nccl'
-        else torch.device('cpu')
-    )
+    device = _device() if dist.get_backend() == 'nccl' else torch.device('cpu')
     table = torch.zeros(world(), len(values), dtype=torch.float64, device=device)
     table[rank()] = torch.tensor(values, dtype=torch.float64, device=device)
     return total(table).tolist()
@@ -135,12 +137,13 @@ def resolve(
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as e:
         raise ValueError(
-            f'function={name!r} cannot be imported ({e}); export it to a module, functions of a notebook cannot be sent to processes'
+            f'function={name!r} cannot be imported ({e}); export it to a module, '
+            'functions of a notebook cannot be sent to processes'
         ) from None
 
 
 def run_as_rank(folder):
-    "What each started process does: call the function of `call.json`, leave `result.json` or `error-RANK.json`."
+    "For each started process: calls `call.json`'s function, leaves its result or its error."
     folder = Path(folder)
     call = json.loads((folder / 'call.json').read_text())
     try:
@@ -175,12 +178,11 @@ def leave_with_parent(
 
 # %% ../../nbs/training/02_distributed.ipynb #52119368
 def _start_processes(function, config, processes):
+    threads = os.environ.get('OMP_NUM_THREADS')
+    threads = threads or str(max(1, (os.cpu_count() or 1) // processes))
     with tempfile.TemporaryDirectory() as name, open(Path(name) / 'stderr', 'w+') as stderr:
         folder = Path(name)
         (folder / 'call.json').write_text(json.dumps(dict(function=function, config=config)))
-        threads = os.environ.get('OMP_NUM_THREADS') or str(
-            max(1, (os.cpu_count() or 1) // processes)
-        )
         child = subprocess.Popen(
             [sys.executable, '-m', 'fdsl_nb.training.worker', str(processes), name],
             stdout=subprocess.PIPE,
@@ -209,19 +211,16 @@ def _stop(child):
 
 
 def _raise_first_error(folder, processes):
-    errors = sorted(
-        (
-            json.loads(p.read_text()) | {'rank': p.stem.split('-')[1]}
-            for p in folder.glob('error-*.json')
-        ),
-        key=lambda e: e['time'],
-    )
+    errors = []
+    for path in folder.glob('error-*.json'):
+        errors.append(json.loads(path.read_text()) | {'rank': path.stem.split('-')[1]})
     if not errors:
         words = (folder / 'stderr').read_text()[-2000:]
         raise RuntimeError(
-            f'a process died without saying why (killed, or out of memory?); the end of what was printed:\n{words}'
+            'a process died without saying why (killed, or out of memory?); '
+            f'the end of what was printed:\n{words}'
         )
-    first = errors[0]
+    first = min(errors, key=lambda e: e['time'])
     raise RuntimeError(
         f"process {first['rank']} of {processes}: {first['type']}: {first['message']}"
     )
@@ -232,23 +231,23 @@ def launch(
     config: dict,  # plain data: what JSON can hold
     processes: int = 1,  # processes wanted on this machine
 ):  # what the function returned (process 0's, as JSON)
-    "Calls `function(config)` here, in `processes` new processes, or as the rank this process already is; raises what it raised."
-    name = (
-        function if isinstance(function, str) else f'{function.__module__}:{function.__qualname__}'
-    )
+    "Calls `function(config)` here, in `processes` new processes, or as a rank; raises its error."
+    named = isinstance(function, str)
     if processes < 1:
         raise ValueError(f'processes={processes}: at least one process is needed; write 1')
-    if found_ranks() is None and processes > 1:
-        if torch.cuda.is_available() and processes > torch.cuda.device_count():
-            raise ValueError(
-                f'processes={processes}, but this machine has {torch.cuda.device_count()} GPUs; ask for that many at most'
-            )
-        return _start_processes(name, config, processes)
-    return resolve(name)(config) if isinstance(function, str) else function(config)
+    if processes == 1 or found_ranks() is not None:
+        return (resolve(function) if named else function)(config)
+    if torch.cuda.is_available() and processes > torch.cuda.device_count():
+        raise ValueError(
+            f'processes={processes}, but this machine has {torch.cuda.device_count()} GPUs; '
+            'ask for that many at most'
+        )
+    name = function if named else f'{function.__module__}:{function.__qualname__}'
+    return _start_processes(name, config, processes)
 
 # %% ../../nbs/training/02_distributed.ipynb #9d97e6d4
 def say_hello(config: dict) -> dict:
-    "Joins the others and returns the number of processes and the sum of their ranks; fails in rank `fail`, if given."
+    "Joins the others; the number of processes and the sum of their ranks. Fails in rank `fail`."
     with join():
         if config.get('fail') == rank():
             raise ValueError(f'asked to fail in process {rank()}')

@@ -28,41 +28,30 @@ from torch.nn.parallel import DistributedDataParallel
 from ..core.settings import did_you_mean
 from ..core.rng import STEP, seed_for
 from ..data.augment import mixer
-from .distributed import each, rank, total, world
+from .distributed import rank, total, world
 from .evaluate import Counter
 from .optimise import limit_gradient, make_average, make_optimizer, make_schedule
 from .plan import Recipe
 
 # %% ../../nbs/training/06_learner.ipynb #1cf29a04
 class ResumableLearner(Learner):
-    "fastai's `Learner`; `fit` starts at `first_epoch`, `first_batch`, with `steps_done` optimizer steps behind it."
+    "fastai's `Learner`, whose `fit` can start at an epoch and a batch with steps behind it."
 
-    first_epoch, first_batch, steps_done, best, metric, row, average, evaluation, paused = (
-        0,
-        0,
-        0,
-        None,
-        None,
-        {},
-        None,
-        None,
-        False,
-    )
-    recipe, scaler, autocast, share, sums_so_far = (
-        Recipe(),
-        torch.amp.GradScaler('cpu', enabled=False),
-        nullcontext,
-        1.0,
-        None,
-    )
+    # where `fit` starts
+    first_epoch, first_batch, steps_done = 0, 0, 0
+    # what the run found so far
+    best, metric, row, evaluation, paused = None, None, {}, None, False
+    # how a step is computed
+    recipe, scaler = Recipe(), torch.amp.GradScaler('cpu', enabled=False)
+    autocast, share, average = nullcontext, 1.0, None
+    sums_so_far = None  # [loss, images] of an epoch that was interrupted
     listeners = {}
 
     def __call__(self, event):
         if event not in self.listeners:
             everyone = event == 'after_fit'
-            self.listeners[event] = (
-                self.cbs.sorted('order') if everyone else self.ordered_cbs(event)
-            )
+            found = self.cbs.sorted('order') if everyone else self.ordered_cbs(event)
+            self.listeners[event] = found
         for callback in self.listeners[event]:
             callback(event)
 
@@ -90,11 +79,11 @@ class ResumableLearner(Learner):
 
 # %% ../../nbs/training/06_learner.ipynb #47824249
 class FDSLLearner(ResumableLearner):
-    "The same, computing a training batch in `recipe.accumulate` parts; views of an image, [b, views, 3, h, w], go through one after the other."
+    "Computes a training batch in `recipe.accumulate` parts; views of images [b, views, …] in turn."
 
     def _forward(self):
         images = self.xb[0]
-        if images.ndim == 5:
+        if images.ndim == 5:  # [b, views, 3, h, w]: first all first views, then all second ones
             images = images.transpose(0, 1).flatten(0, 1)
         if self.recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -111,11 +100,8 @@ class FDSLLearner(ResumableLearner):
         (x,), (y,), loss = self.xb, self.yb, 0.0
         parts = list(zip(x.chunk(self.recipe.accumulate), y.chunk(self.recipe.accumulate)))
         for n, (xb, yb) in enumerate(parts):
-            self.xb, self.yb, self.share = (
-                (xb,),
-                (yb,),
-                len(xb) / len(x),
-            )  # the last part may be smaller
+            self.xb, self.yb = (xb,), (yb,)
+            self.share = len(xb) / len(x)  # the last part may be smaller
             alone = n < len(parts) - 1 and world() > 1
             with self.model.no_sync() if alone else nullcontext():
                 self._forward()
@@ -127,7 +113,7 @@ class FDSLLearner(ResumableLearner):
 
 # %% ../../nbs/training/06_learner.ipynb #62a6a1ae
 class EveryStep(Callback):
-    "Before each step: the learning rate, and torch's generators from (seed, step, process). Before each epoch: its order of images."
+    "Before each step: learning rate and torch's generators; before each epoch: order of images."
 
     order = -50
 
@@ -135,18 +121,15 @@ class EveryStep(Callback):
         self.r, self.seed, self.state = r, seed, None
 
     def before_fit(self):
-        self.schedule = make_schedule(
-            self.learn.opt.opt, self.r, self.learn.dls.train.batch_sampler.steps, self.seed
-        )
+        steps = self.learn.dls.train.batch_sampler.steps
+        self.schedule = make_schedule(self.learn.opt.opt, self.r, steps, self.seed)
         if self.state:
             self.schedule.load_state_dict(self.state)
 
     def before_epoch(self):
         learn, batches = self.learn, self.learn.dls.train.batch_sampler
-        batches.epoch, batches.first = (
-            learn.epoch,
-            learn.first_batch if learn.epoch == learn.first_epoch else 0,
-        )
+        batches.epoch = learn.epoch
+        batches.first = learn.first_batch if learn.epoch == learn.first_epoch else 0
         if self.r.schedule != 'plateau' or not batches.first:
             self.schedule.step(learn.epoch, learn.metric)
 
@@ -154,13 +137,10 @@ class EveryStep(Callback):
         if not self.learn.training:
             return
         self.schedule.step_update(self.learn.steps_done)
-        seed, device = (
-            seed_for(self.seed, STEP, self.learn.steps_done, rank()),
-            self.learn.xb[0].device,
-        )
-        torch.random.default_generator.manual_seed(
-            seed
-        )  # torch.manual_seed without its search for devices, which takes milliseconds
+        seed = seed_for(self.seed, STEP, self.learn.steps_done, rank())
+        # torch.manual_seed without its search for devices, which takes milliseconds
+        torch.random.default_generator.manual_seed(seed)
+        device = self.learn.xb[0].device
         if device.type != 'cpu':
             torch.get_device_module(device).manual_seed(seed)
 
@@ -180,15 +160,18 @@ class MixBatch(Callback):
     def before_batch(self):
         if self.mix is None:
             return
-        off = self.r.mix_off_epoch and self.learn.epoch >= self.r.mix_off_epoch
-        images, labels = self.mix(
-            self.learn.xb[0], self.learn.yb[0], self.learn.steps_done, rank(), not off
-        )
-        self.learn.xb, self.learn.yb = (images,), (labels,)
+        learn = self.learn
+        off = self.r.mix_off_epoch and learn.epoch >= self.r.mix_off_epoch
+        images, labels = self.mix(learn.xb[0], learn.yb[0], learn.steps_done, rank(), not off)
+        learn.xb, learn.yb = (images,), (labels,)
 
 # %% ../../nbs/training/06_learner.ipynb #116401ed
+def _lacks_bfloat16(device):
+    return device.type == 'cuda' and not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 class Precision(Callback):
-    "Forward pass under autocast; float16 with a gradient scaler; `ValueError` where a device cannot."
+    "Forward pass under autocast; float16 with a scaler; `ValueError` where a device lacks it."
 
     order = -30
 
@@ -197,13 +180,10 @@ class Precision(Callback):
             raise ValueError(
                 "precision='float16' does not train on a CPU; choose bfloat16 or float32"
             )
-        if (
-            dtype == 'bfloat16'
-            and device.type == 'cuda'
-            and not torch.cuda.is_bf16_supported(including_emulation=False)
-        ):
+        if dtype == 'bfloat16' and _lacks_bfloat16(device):
             raise ValueError(
-                f"precision='bfloat16' is not in {torch.cuda.get_device_name()}; choose float16 or float32"
+                f"precision='bfloat16' is not in {torch.cuda.get_device_name()}; "
+                'choose float16 or float32'
             )
         self.context = partial(
             torch.autocast, device.type, getattr(torch, dtype), enabled=dtype != 'float32'
@@ -229,13 +209,14 @@ class StopOnNonFinite(Callback):
     def look(self):
         if not torch.isfinite(self.learn.loss):
             raise FloatingPointError(
-                f'loss={self.learn.loss.item()} at epoch {self.learn.epoch}, step {self.learn.steps_done}; '
+                f'loss={self.learn.loss.item()} at epoch {self.learn.epoch}, '
+                f'step {self.learn.steps_done}; '
                 'lower lr, clip the gradient or use precision=float32'
             )
 
 # %% ../../nbs/training/06_learner.ipynb #6dbb86c4
 class Loss:
-    "The recipe's loss of logits [b, classes] with labels int64 [b] or shares [b, classes]; plain cross entropy where nothing is trained."
+    "The recipe's loss, with labels [b] or shares [b, classes]; cross entropy when evaluating."
 
     def __init__(self, r: Recipe):
         self.smoothing, self.kind = r.smoothing, r.loss
@@ -248,15 +229,13 @@ class Loss:
         logits, train = logits.float(), torch.is_grad_enabled()
         if train and self.kind != 'softmax':
             return self.other(logits, labels)
-        return F.cross_entropy(
-            logits,
-            labels,
-            label_smoothing=0.0 if labels.is_floating_point() or not train else self.smoothing,
-        )
+        smoothed = train and not labels.is_floating_point()
+        smoothing = self.smoothing if smoothed else 0.0
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
 
 # %% ../../nbs/training/06_learner.ipynb #ff53c1c5
 class Averaging(Callback):
-    "Moves the average after each step, and puts it in the model's place while measuring."
+    "Moves the average after each step, and puts it in the model's place while evaluating."
 
     order = -20
 
@@ -284,40 +263,36 @@ class Averaging(Callback):
 
 # %% ../../nbs/training/06_learner.ipynb #97d5ea55
 class Sums(Callback):
-    "Exact sums of an epoch: training loss and images; validation counts. Leaves `learn.train_loss`, `learn.evaluation`."
+    "Exact sums of an epoch: leaves `learn.train_loss` and `learn.evaluation`."
 
     order = 20
 
     def __init__(self, counter):
         self.counter_of = counter
 
+    def _device(self):
+        return next(self.learn.model.parameters()).device
+
     def before_train(self):
-        device = next(self.learn.model.parameters()).device
         kept, self.learn.sums_so_far = self.learn.sums_so_far or [0.0, 0.0], None
-        self.so_far, self.before, self.started = (
-            torch.tensor(kept, dtype=torch.float64, device=device),
-            kept[1],
-            time.time(),
-        )
+        self.so_far = torch.tensor(kept, dtype=torch.float64, device=self._device())
+        self.before, self.started = kept[1], time.time()
 
     def before_validate(self):
-        self.counter = self.counter_of(device=next(self.learn.model.parameters()).device)
+        self.counter = self.counter_of(device=self._device())
 
     def after_batch(self):
+        if not self.training:
+            return self.counter.add(self.learn.pred, self.learn.yb[0])
         n = len(self.learn.xb[0])
-        if self.training:
-            self.so_far += torch.stack(
-                [self.learn.loss.detach().double() * n, torch.full_like(self.so_far[0], n)]
-            )
-        else:
-            self.counter.add(self.learn.pred, self.learn.yb[0])
+        loss = self.learn.loss.detach().double() * n
+        self.so_far += torch.stack([loss, torch.full_like(self.so_far[0], n)])
 
     def after_train(self):
         loss, images = total(self.so_far).tolist()
-        self.learn.train_loss, self.learn.images_per_second = (
-            loss / images,
-            (images - self.before * world()) / (time.time() - self.started),
-        )
+        self.learn.train_loss = loss / images
+        images_here = images - self.before * world()
+        self.learn.images_per_second = images_here / (time.time() - self.started)
 
     def after_validate(self):
         result = self.counter.result()
@@ -329,7 +304,7 @@ def wrapped(
     r: Recipe,
     device: torch.device,
 ) -> torch.nn.Module:
-    "The model as it will be trained: memory order, batch norm over processes, DDP, `torch.compile`."
+    "The model as it will be trained: memory order, batch norm over processes, DDP, `compile`."
     if r.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if r.sync_bn and world() > 1:
@@ -340,24 +315,26 @@ def wrapped(
         model = convert_sync_batchnorm(model)
     if world() > 1:
         model = DistributedDataParallel(model, broadcast_buffers=False)
+    if not r.compile:
+        return model
     known = torch.compiler.list_backends(None)
-    if r.compile and r.compile not in known:
+    if r.compile not in known:
         raise ValueError(
             f'compile={r.compile!r} is no backend of torch.compile' + did_you_mean(r.compile, known)
         )
-    return torch.compile(model, backend=r.compile) if r.compile else model
+    return torch.compile(model, backend=r.compile)
 
 # %% ../../nbs/training/06_learner.ipynb #d4cb8e83
 def fdsl_learner(
     model: torch.nn.Module,
     r: Recipe,
     train,  # `train_loader` of this process
-    valid=(),  # `eval_loader` of this process; empty if there is nothing to measure on
+    valid=(),  # `eval_loader` of this process; empty if there is nothing to evaluate on
     classes: int = 1000,
     seed: int = 0,
     device='cpu',
     loss=None,  # of (logits, labels); the recipe's if None
-    counter=None,  # made with a `device`, has `add(logits, labels)` and `result()`; `Counter` if None
+    counter=None,  # of a `device`, with `add(logits, labels)`, `result()`; `Counter` if None
     cbs=(),  # further callbacks, e.g. `Records` of the next chapter
 ) -> FDSLLearner:
     "A fastai `Learner` that trains by a recipe; `learn.fit(r.epochs)` runs it."

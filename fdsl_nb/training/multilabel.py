@@ -15,17 +15,20 @@ from .distributed import rank, total, world
 # %% ../../nbs/training/05_multilabel.ipynb #3c95c3d1
 @dataclass(frozen=True)
 class MultiLabelLoss:
-    "Binary cross entropy of logits [b, classes] with targets [b, classes] in 0 … 1: summed over classes, mean over images."
+    "Binary cross entropy of logits with targets in 0 … 1: sum over classes, mean over images."
 
     smoothing: float = 0.0  # ε of y(1 - ε) + ε/2, while training
-    clip: float = (
-        0.0  # least probability inside the logarithm; 1e-7 as published, 0 for the exact loss
-    )
+    clip: float = 0.0  # least probability in the logarithm; 1e-7 as published, 0 for the exact loss
 
-    def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        logits: torch.Tensor,  # float [b, classes]
+        targets: torch.Tensor,  # float [b, classes]
+    ) -> torch.Tensor:
         if logits.shape != targets.shape:
             raise ValueError(
-                f'targets {list(targets.shape)} for logits {list(logits.shape)}: give one number in 0 … 1 for each image and class'
+                f'targets {list(targets.shape)} for logits {list(logits.shape)}: '
+                'give one number in 0 … 1 for each image and class'
             )
         x, y = logits.float(), targets.float()
         if self.smoothing and torch.is_grad_enabled():
@@ -33,18 +36,16 @@ class MultiLabelLoss:
         if not self.clip:
             return F.binary_cross_entropy_with_logits(x, y, reduction='sum') / len(x)
         p = x.sigmoid()
-        return (
-            -(y * p.clamp(min=self.clip).log() + (1 - y) * (1 - p).clamp(min=self.clip).log())
-            .sum(1)
-            .mean()
-        )
+        yes = y * p.clamp(min=self.clip).log()
+        no = (1 - y) * (1 - p).clamp(min=self.clip).log()
+        return -(yes + no).sum(1).mean()
 
 # %% ../../nbs/training/05_multilabel.ipynb #47fcb025
 def label_ranks(
     logits: torch.Tensor,  # float [b, classes], finite
     positive: torch.Tensor,  # bool [b, classes]
 ) -> torch.Tensor:  # int64 [b], 0 … classes - 1; `classes` without a label
-    "The place of each image's best true label among all classes; of equal logits the lower class comes first."
+    "The place of each image's best true label; of equal logits the lower class comes first."
     classes = logits.shape[1]
     best = logits.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
     place, equal = torch.arange(classes, device=logits.device), logits == best
@@ -53,45 +54,40 @@ def label_ranks(
     return torch.where(positive.any(1), ahead, classes)
 
 # %% ../../nbs/training/05_multilabel.ipynb #5f4b8585
-DRAWERS = 199  # between Keras's 200 thresholds
+DRAWERS = 199  # bins between Keras's 200 thresholds
 
 
 def drawer(
     logits: torch.Tensor,
 ) -> torch.Tensor:  # int64, same shape, 0 … 198
-    "The drawer of each probability: number d holds d/199 < p ≤ (d + 1)/199."
+    "The bin of each probability: bin d holds d/199 < p ≤ (d + 1)/199."
     return ((logits.float().sigmoid() * DRAWERS).ceil().long() - 1).clamp(min=0)
 
 
 def drawer_auc(
     counts: np.ndarray,  # int64 [2, classes, 199]: without the label, with it
 ) -> np.ndarray:  # float64 [classes]; nan where all images or none have the label
-    "Area under each class's ROC curve through the borders of the drawers, by trapezoids."
-    above = np.concatenate(
-        [np.cumsum(counts[..., ::-1], 2)[..., ::-1], np.zeros_like(counts[..., :1])], 2
-    )  # images above each threshold
-    without, having = above
+    "Area under each class's ROC curve through the borders of the bins, by trapezoids."
+    from_the_top = np.cumsum(counts[..., ::-1], 2)[..., ::-1]
+    above = np.concatenate([from_the_top, np.zeros_like(counts[..., :1])], 2)
+    without, having = above  # images above each threshold
     area = ((without[:, :-1] - without[:, 1:]) * (having[:, :-1] + having[:, 1:])).sum(1)
-    return np.divide(
-        area,
-        2 * without[:, 0] * having[:, 0],
-        out=np.full(len(area), np.nan),
-        where=(without[:, 0] * having[:, 0]) > 0,
-    )
+    pairs = without[:, 0] * having[:, 0]
+    unknown = np.full(len(area), np.nan)
+    return np.divide(area, 2 * pairs, out=unknown, where=pairs > 0)
 
 # %% ../../nbs/training/05_multilabel.ipynb #2afc180a
 def ranked(
     scores: np.ndarray,  # float [images], of one class
     positive: np.ndarray,  # bool [images]
 ) -> tuple:  # (average precision, area under the ROC curve); nan where not defined
-    "Exact figures of one class; equal scores are taken together, so that the order of images does not matter."
+    "Exact figures of one class; equal scores count together, whatever the order of the images."
     if not positive.any():
         return np.nan, np.nan
     order = np.argsort(-scores, kind='stable')
     inside, sorted_scores = np.cumsum(positive[order], dtype=np.int64), scores[order]
-    ends = np.flatnonzero(
-        np.append(sorted_scores[1:] != sorted_scores[:-1], True)
-    )  # the last image of each score
+    is_last = np.append(sorted_scores[1:] != sorted_scores[:-1], True)
+    ends = np.flatnonzero(is_last)  # the last image of each score
     true, seen = inside[ends], ends + 1
     gained, false = np.diff(true, prepend=0), seen - true
     precision = (gained * (true / seen)).sum() / true[-1]
@@ -146,17 +142,17 @@ def _f1(true, false, missed):
 # %% ../../nbs/training/05_multilabel.ipynb #a520ee75
 @dataclass(frozen=True)
 class MultiLabelEvaluation(_Hits):
-    "Counts over a whole split. Twin of `Evaluation`: `images`, `correct`, `within_five`, `top1`, `top5`, `loss`, with hit@k in the place of accuracy."
+    "Counts over a whole split, for several labels an image; has the figures of `Evaluation` too."
 
-    ranks: np.ndarray  # int64 [classes + 1]: images whose best true label has this rank; the last: images without labels
+    # int64 [classes + 1]: images whose best true label has this rank; the last: without labels
+    ranks: np.ndarray
     true_positives: np.ndarray  # int64 [classes], logit above 0 and label
     false_positives: np.ndarray  # int64 [classes]
     false_negatives: np.ndarray  # int64 [classes]
     areas: np.ndarray  # float64 [classes], AUC by 200 thresholds, nan where not defined
     loss_sum: float  # binary cross entropy, over classes and images
-    precisions: np.ndarray | None = (
-        None  # float64 [classes], average precision, nan where not defined; None if not asked for
-    )
+    # float64 [classes], average precision, nan where not defined; None if not asked for
+    precisions: np.ndarray | None = None
     exact_areas: np.ndarray | None = None  # float64 [classes], AUC from all scores, likewise
 
     @property
@@ -187,19 +183,8 @@ class MultiLabelEvaluation(_Hits):
 
     def figures(self) -> dict:
         "All figures as plain numbers, for a report or JSON; those not asked for are left out."
-        names = (
-            'images',
-            'loss',
-            'top1',
-            'top5',
-            'micro_f1',
-            'macro_f1',
-            'auc',
-            'published_auc',
-            'mean_ap',
-            'exact_auc',
-        )
-        found = {name: getattr(self, name) for name in names}
+        names = 'images loss top1 top5 micro_f1 macro_f1 auc published_auc mean_ap exact_auc'
+        found = {name: getattr(self, name) for name in names.split()}
         return {name: value for name, value in found.items() if value is not None}
 
     def __repr__(self):
@@ -213,7 +198,7 @@ class MultiLabelEvaluation(_Hits):
 
 # %% ../../nbs/training/05_multilabel.ipynb #82415672
 class MultiLabelCounter:
-    "Adds up predictions batch by batch; `result()` sums over processes. Twin of `Counter`."
+    "Adds up predictions batch by batch, for several labels; `result()` sums over processes."
 
     def __init__(self, classes: int, device='cpu', average_precision: bool = False):
         def zeros(*shape, dtype=torch.int64):
@@ -258,12 +243,15 @@ class MultiLabelCounter:
         areas = drawer_auc(drawers.reshape(2, self.classes, DRAWERS))
         return MultiLabelEvaluation(ranks, *answers, areas, loss, *exact)
 
+    def _kept_here(self):
+        "Scores and labels of this process, each [images, classes]."
+        if not self.kept:
+            return [torch.zeros(0, self.classes)] * 2
+        return [torch.cat(part) for part in zip(*self.kept)]
+
     def _exact(self, images, slice_=256):
-        "Average precision and AUC [2, classes] from all processes' scores, a slice of classes at a time."
-        scores, labels = zip(*self.kept) if self.kept else ((), ())
-        own = [
-            torch.cat(part) if part else torch.zeros(0, self.classes) for part in (scores, labels)
-        ]
+        "Average precision and AUC [2, classes] from everybody's scores, by slices of classes."
+        own = self._kept_here()
         shares = total(torch.eye(world(), device=self.device)[rank()] * len(own[0])).long()
         start = int(shares[: rank()].sum())
         found = torch.zeros(2, self.classes, device=self.device, dtype=torch.float64)
@@ -281,10 +269,10 @@ class MultiLabelCounter:
 @torch.no_grad()
 def evaluate_labels(
     model: torch.nn.Module,
-    loader,  # batches (float32 [b, 3, h, w], float32 [b, classes]); this process's share of the split
+    loader,  # batches (images, float32 labels [b, classes]); this process's share of the split
     classes: int,
     device='cpu',
-    average_precision: bool = False,  # also mean average precision and the exact AUC; keeps all scores
+    average_precision: bool = False,  # also the mean AP and the exact AUC; keeps all scores
 ) -> MultiLabelEvaluation:
     "All figures over all processes; the model is left in the mode it was in."
     counter, training = MultiLabelCounter(classes, device, average_precision), model.training

@@ -25,7 +25,7 @@ def make_optimizer(
     model: torch.nn.Module,
     r: Recipe,
 ) -> torch.optim.Optimizer:
-    "timm's optimizer of that name over the parameters that train; `ValueError` if there is none of that name."
+    "timm's optimizer of that name over the parameters that train; `ValueError` if there is none."
     own = {k: v for k, v in dict(betas=r.betas, eps=r.eps).items() if v}
     return create_optimizer_v2(
         parameter_groups(model, r.weight_decay, r.decay_all),
@@ -40,36 +40,34 @@ def _cosine(t):
     return 0.5 * (1 + math.cos(math.pi * t))
 
 
-CLOSED_FORMS = dict(
+def _linear(t):
+    return 1 - t
+
+
+CLOSED_FORMS = dict(  # name → (how the rate falls, number of the first step)
     vitpytorch_cosine=(_cosine, 1),
-    vitpytorch_linear=(lambda t: 1 - t, 1),
+    vitpytorch_linear=(_linear, 1),
     coyo_cosine=(_cosine, 0),
-    coyo_linear=(lambda t: 1 - t, 0),
+    coyo_linear=(_linear, 0),
 )
 
 
 class ClosedForm:
-    "A learning rate given by a formula of the step, with the two methods of a timm schedule."
+    "A learning rate given by a formula of the step, with the methods of a timm schedule."
 
     def __init__(
         self,
         optimizer,
-        fall: Callable,
-        first: int,
-        warmup: int,
+        fall: Callable,  # share of the schedule → share of the rate
+        first: int,  # the step of the first update
+        warmup: int,  # steps
         steps: int,
         lr: float,
         min_lr: float,
     ):
-        self.optimizer, self.fall, self.first, self.warmup, self.steps, self.lr, self.min_lr = (
-            optimizer,
-            fall,
-            first,
-            warmup,
-            steps,
-            lr,
-            min_lr,
-        )
+        self.optimizer, self.fall = optimizer, fall
+        self.first, self.warmup, self.steps = first, warmup, steps
+        self.lr, self.min_lr = lr, min_lr
 
     def rate(self, update: int) -> float:
         s = update + self.first
@@ -96,7 +94,7 @@ _WAITED = ('mode', 'best', 'num_bad_epochs')
 
 
 class Plateau(Scheduler):
-    "Falls by a factor when the metric has not improved for a while, with warm-up and noise, epoch by epoch, as timm's."
+    "Falls by a factor when the metric stops improving; with warm-up and noise by epoch, as timm's."
 
     def __init__(self, optimizer, r: Recipe, seed: int):
         noisy = [n * (r.epochs - r.cooldown_epochs) for n in r.noise] or None
@@ -126,9 +124,9 @@ class Plateau(Scheduler):
         if epoch <= self.r.warmup_epochs:
             return self.update_groups(self._warm_up(epoch))
         self.update_groups(self.rates)  # as they were before the noise
-        if metric is not None and metric < 0 and self.falls.mode == 'max':
-            self.falls.mode, self.falls.best = 'min', math.inf
         if metric is not None:
+            if metric < 0 and self.falls.mode == 'max':
+                self.falls.mode, self.falls.best = 'min', math.inf
             self.falls.step(abs(metric))
         self.rates = [g['lr'] for g in self.optimizer.param_groups]
         self.update_groups(self._add_noise(self.rates, epoch))
@@ -144,52 +142,61 @@ class Plateau(Scheduler):
         self.update_groups(state['lr'])
 
 # %% ../../nbs/training/04_optimise.ipynb #f4cac623
+def _timm_schedule(optimizer, r, steps, seed):
+    cycles = sum(r.cycle_mul**i for i in range(r.cycle_limit))
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched=r.schedule,
+        num_epochs=(r.epochs - r.cooldown_epochs) / cycles,
+        warmup_epochs=r.warmup_steps / steps if r.warmup_steps else r.warmup_epochs,
+        warmup_lr=r.warmup_lr,
+        min_lr=r.min_lr,
+        decay_epochs=r.decay_epochs,
+        decay_rate=r.decay_rate,
+        noise=[n * cycles for n in r.noise] or None,
+        noise_pct=r.noise_pct,
+        noise_std=r.noise_std,
+        noise_seed=seed,
+        cycle_mul=r.cycle_mul,
+        cycle_decay=r.cycle_decay,
+        cycle_limit=r.cycle_limit,
+        step_on_epochs=not r.per_step,
+        updates_per_epoch=steps,
+    )
+    return schedule
+
+
 def make_schedule(
     optimizer: torch.optim.Optimizer,
     r: Recipe,
     steps: int,  # steps an epoch
     seed: int = 42,  # of the noise, where there is some
 ):
-    "timm's schedule of that name, in steps or in epochs, or a closed form; `ValueError` for an unknown name."
+    "timm's schedule of that name, or a closed form; `ValueError` for an unknown name."
     if r.schedule == 'none':
         raise ValueError(
-            "schedule='none' leaves no rate to train with; for one that stays as it is after the warm-up, choose constant"
+            "schedule='none' leaves no rate to train with; for one that stays as it is after the "
+            'warm-up, choose constant'
         )
     if r.schedule == 'plateau':
         return Plateau(optimizer, r, seed)
     if r.schedule in CLOSED_FORMS:
-        return ClosedForm(
-            optimizer, *CLOSED_FORMS[r.schedule], r.warmup_steps, r.epochs * steps, r.lr, r.min_lr
-        )
-    moving, cycles = r.epochs - r.cooldown_epochs, sum(r.cycle_mul**i for i in range(r.cycle_limit))
-    warmup = r.warmup_steps / steps if r.warmup_steps else r.warmup_epochs
+        fall, first = CLOSED_FORMS[r.schedule]
+        length = r.epochs * steps
+        return ClosedForm(optimizer, fall, first, r.warmup_steps, length, r.lr, r.min_lr)
     try:
-        return create_scheduler_v2(
-            optimizer,
-            sched=r.schedule,
-            num_epochs=moving / cycles,
-            warmup_epochs=warmup,
-            warmup_lr=r.warmup_lr,
-            min_lr=r.min_lr,
-            decay_epochs=r.decay_epochs,
-            decay_rate=r.decay_rate,
-            noise=[n * cycles for n in r.noise] or None,
-            noise_pct=r.noise_pct,
-            noise_std=r.noise_std,
-            noise_seed=seed,
-            cycle_mul=r.cycle_mul,
-            cycle_decay=r.cycle_decay,
-            cycle_limit=r.cycle_limit,
-            step_on_epochs=not r.per_step,
-            updates_per_epoch=steps,
-        )[0]
+        return _timm_schedule(optimizer, r, steps, seed)
     except ValueError as e:
+        known = ['cosine', 'tanh', 'step', 'plateau', 'poly', *CLOSED_FORMS]
         raise ValueError(
-            f'schedule={r.schedule!r}: {e}'
-            + did_you_mean(r.schedule, ['cosine', 'tanh', 'step', 'plateau', 'poly', *CLOSED_FORMS])
+            f'schedule={r.schedule!r}: {e}' + did_you_mean(r.schedule, known)
         ) from None
 
 # %% ../../nbs/training/04_optimise.ipynb #4bf3fd35
+def _is_of_a_head(name):
+    return name.split('.')[-2:-1] in (['head'], ['fc'], ['classifier'])
+
+
 def limit_gradient(
     model: torch.nn.Module,  # gradients are there, unscaled
     r: Recipe,
@@ -197,18 +204,14 @@ def limit_gradient(
     "Applies the recipe's limit, if it has one."
     if not r.clip:
         return
-    parameters = list(model.parameters())
+    named = list(model.named_parameters())
     if r.clip_mode == 'agc':
-        parameters = [
-            p
-            for n, p in model.named_parameters()
-            if not n.split('.')[-2:-1] in (['head'], ['fc'], ['classifier'])
-        ]
-    dispatch_clip_grad(parameters, r.clip, mode=r.clip_mode)
+        named = [(n, p) for n, p in named if not _is_of_a_head(n)]
+    dispatch_clip_grad([p for _, p in named], r.clip, mode=r.clip_mode)
 
 # %% ../../nbs/training/04_optimise.ipynb #29257453
 class DynamicAverage(ModelEmaV3):
-    "COYO-ViT's moving average: decay min(decay, (1 + t) / (10 + t)) after update t, parameters from zero."
+    "COYO-ViT's average: decay min(decay, (1 + t) / (10 + t)) after update t, from zero."
 
     def __init__(self, model, decay: float):
         super().__init__(model, decay=decay, exclude_buffers=True)
@@ -222,10 +225,8 @@ class DynamicAverage(ModelEmaV3):
 def make_average(
     model: torch.nn.Module,  # on its device
     r: Recipe,
-) -> (
-    ModelEmaV3 | None
-):  # call `.update(model, step)` after update number step = 1, 2, …; `.module` is the averaged model
-    "The averaged copy that a recipe asks for."
+) -> ModelEmaV3 | None:  # `.module` is the averaged model
+    "The averaged copy that a recipe asks for; `.update(model, step)` after step 1, 2, …."
     if not r.ema:
         return None
     return DynamicAverage(model, r.ema) if r.ema_dynamic else ModelEmaV3(model, decay=r.ema)

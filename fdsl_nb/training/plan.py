@@ -15,9 +15,7 @@ from ..data.augmentation import Augmentation, Mixing
 class Data:
     "What is trained on what."
 
-    dataset: str = (
-        'rcdb'  # a formula, digits, cifar10, cifar100, coyo, or a folder, archive or shards
-    )
+    dataset: str = 'rcdb'  # a formula, digits, cifar10, cifar100, coyo, or a folder or shards
     data: str = ''  # where the images of a named data set lie
     knobs: dict = field(default_factory=dict)  # of the formula, where not its defaults
     model: str = 'deit_tiny_patch16_224'  # a timm model
@@ -25,10 +23,8 @@ class Data:
     batch: int = 256  # images a step, over all processes
     epochs: int = 300
     steps: int = 0  # length in steps, instead of epochs
-    eval_every: int = 0  # steps from one measuring to the next, where the length is in steps
-    epoch_images: int = (
-        0  # images an epoch, cut from an endless sequence of walks; 0 for a walk each
-    )
+    eval_every: int = 0  # steps between two evaluations, where the length is in steps
+    epoch_images: int = 0  # images an epoch, repeats included; 0 for as many as there are
     repeats: int = 1  # times an image appears in an epoch (repeated augmentation)
     hold_out: float = 0.0  # share of the training images to choose by, where there is no val split
 
@@ -59,8 +55,8 @@ class Optimisation:
     clip: float = 0.0  # limit of the gradient; 0 for none
     clip_mode: str = 'norm'  # norm, value or agc (adaptive)
     accumulate: int = 1  # parts of a batch that are computed one after the other
-    ema: float = 0.0  # decay of averaged weights, which are then the ones measured; 0 for none
-    ema_dynamic: bool = False  # COYO-ViT's averaging: decay (1 + t) / (10 + t) at most, from zero
+    ema: float = 0.0  # decay of averaged weights, which are then evaluated; 0 for none
+    ema_dynamic: bool = False  # COYO-ViT's average: decay (1 + t) / (10 + t) at most, from zero
     loss: str = 'softmax'  # softmax, bce (a sigmoid a class), jsd (with aug_splits)
     precision: str = 'float32'  # float32, bfloat16 or float16
     channels_last: bool = False  # memory order of images and weights
@@ -72,7 +68,7 @@ class Optimisation:
 class Schedule:
     "How the learning rate moves."
 
-    schedule: str = 'cosine'  # a timm schedule, or vitpytorch_cosine, vitpytorch_linear, coyo_linear, coyo_cosine
+    schedule: str = 'cosine'  # a timm schedule, or {vitpytorch,coyo}_{cosine,linear}
     per_step: bool = True  # the schedule moves every step, not every epoch
     warmup_epochs: int = 5
     warmup_steps: int = 0
@@ -97,12 +93,8 @@ class Recipe(Data, Start, Optimisation, Schedule, Augmentation, Mixing):
     name: str = ''
     paper: str = ''
     cost: str = ''  # as published, or estimated from it
-    published: dict = field(
-        default_factory=dict
-    )  # data set → top-1 in percent, after fine-tuning on it
-    best_by: str = (
-        'last'  # which checkpoint is the best: loss (training), top1 (val), top1_test or last
-    )
+    published: dict = field(default_factory=dict)  # data set → fine-tuned top-1 in percent
+    best_by: str = 'last'  # the best checkpoint by: loss (training), top1 (val), top1_test, last
 
     @property
     def expected(self) -> str:
@@ -122,12 +114,13 @@ CHOICES = dict(
 
 
 def checked(r: Recipe) -> Recipe:
-    "The recipe itself; `ValueError` names a choice that is not known, or settings that exclude each other."
+    "The recipe itself; `ValueError` names an unknown choice, or settings that exclude each other."
     for name, known in CHOICES.items():
-        if getattr(r, name) not in known:
+        value = getattr(r, name)
+        if value not in known:
             raise ValueError(
-                f'{name}={getattr(r, name)!r} is not known; choose {", ".join(known)}'
-                + did_you_mean(str(getattr(r, name)), known)
+                f'{name}={value!r} is not known; choose {", ".join(known)}'
+                + did_you_mean(str(value), known)
             )
     if r.accumulate < 1 or r.batch % r.accumulate:
         raise ValueError(
@@ -135,11 +128,13 @@ def checked(r: Recipe) -> Recipe:
         )
     if (r.loss == 'jsd') != bool(r.aug_splits):
         raise ValueError(
-            f'loss={r.loss!r} with aug_splits={r.aug_splits}: a JSD loss and several views need each other; set loss=jsd, aug_splits=3'
+            f'loss={r.loss!r} with aug_splits={r.aug_splits}: a JSD loss and several views '
+            'need each other; set loss=jsd, aug_splits=3'
         )
     if r.aug_splits and (r.mixup or r.cutmix):
         raise ValueError(
-            f'aug_splits={r.aug_splits} with mixup={r.mixup}, cutmix={r.cutmix}: views of an image cannot be mixed; set both to 0'
+            f'aug_splits={r.aug_splits} with mixup={r.mixup}, cutmix={r.cutmix}: views of an '
+            'image cannot be mixed; set both to 0'
         )
     if r.steps % (r.eval_every or 1):
         raise ValueError(

@@ -8,8 +8,13 @@ __all__ = ['CVPR2022', 'CVPR2023', 'OFDB', 'COYO', 'PRETRAIN', 'FDSL_FINETUNE', 
 
 # %% ../../nbs/training/01_recipes.ipynb #eeb7295a
 from dataclasses import fields, replace
+from typing import TYPE_CHECKING
 from ..core.settings import Resolved, did_you_mean
 from .plan import Recipe, checked
+
+# %% ../../nbs/training/01_recipes.ipynb #21ba7a37
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% ../../nbs/training/01_recipes.ipynb #feb4cc6b
 _cvpr2022 = Recipe(
@@ -400,7 +405,11 @@ _fork = [
 
 
 def _forked(data, size, side, steps, top1):
-    name = f'vitpytorch_{data}_{size}' + '_384' * (side == 384) + '_1000' * (steps == 1000)
+    name = f'vitpytorch_{data}_{size}'
+    if side == 384:
+        name += '_384'
+    if steps == 1000:
+        name += '_1000'
     batch = 256 if (size, side) == ('l32', 384) else 512
     return replace(
         _vitpytorch,
@@ -448,22 +457,20 @@ COYO_FINETUNE = [
 FINETUNE = [*FDSL_FINETUNE, *VITPYTORCH, *COYO_FINETUNE]
 
 # %% ../../nbs/training/01_recipes.ipynb #801d12e0
+_STAGES = dict(pretrain=PRETRAIN, finetune=FINETUNE)
+
+
 def recipes(
     stage: str = '',  # pretrain or finetune; both if empty
 ) -> 'pd.DataFrame':  # a row a recipe, by name
     "The published recipes: paper, data set, model, size of the run, published results."
     import pandas as pd
 
-    stages, columns = (
-        dict(pretrain=PRETRAIN, finetune=FINETUNE),
-        ('name', 'paper', 'dataset', 'model', 'optimizer', 'lr', 'batch', 'cost', 'expected'),
-    )
-    rows = [
-        {'stage': s} | {k: getattr(r, k) for k in columns}
-        for s in stages
-        if stage in ('', s)
-        for r in stages[s]
-    ]
+    columns = 'name paper dataset model optimizer lr batch cost expected'.split()
+    rows = []
+    for name, some in _STAGES.items():
+        if stage in ('', name):
+            rows += [{'stage': name} | {k: getattr(r, k) for k in columns} for r in some]
     return pd.DataFrame(rows).set_index('name')
 
 # %% ../../nbs/training/01_recipes.ipynb #01e1b350
@@ -473,48 +480,47 @@ def recipe(
     dataset: str = None,  # without a name: the first recipe for this data set
 ) -> Recipe:
     "A published recipe; `ValueError` names the nearest known one."
-    known = {r.name: r for r in dict(pretrain=PRETRAIN, finetune=FINETUNE)[stage]}
+    known = {r.name: r for r in _STAGES[stage]}
     if name and name not in known:
         raise ValueError(f'recipe={name!r} is not a {stage} recipe' + did_you_mean(name, known))
     if name:
         return known[name]
-    return next((r for r in known.values() if r.dataset == dataset), next(iter(known.values())))
+    fitting = [r for r in known.values() if r.dataset == dataset]
+    return fitting[0] if fitting else next(iter(known.values()))
 
 # %% ../../nbs/training/01_recipes.ipynb #d51aff9a
 def _aligned(rows):
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return '\n'.join(
-        '  '.join(f'{word:<{width}}' for word, width in zip(row, widths)).rstrip() for row in rows
-    )
+    lines = []
+    for row in rows:
+        words = [f'{word:<{width}}' for word, width in zip(row, widths)]
+        lines.append('  '.join(words).rstrip())
+    return '\n'.join(lines)
+
+
+def _all_settings(stage, r):
+    rows = [('stage', stage)]
+    for f in reversed(fields(Recipe)):
+        rows.append((f.name, str(getattr(r, f.name))))
+    return _aligned(rows)
 
 
 def recipe_listing(
     name: str = '',  # a recipe; all if empty
 ) -> str:
-    "For a terminal: every recipe with data set, model, cost and published results, or all settings of one; `ValueError` names the nearest known one."
-    stages = dict(pretrain=PRETRAIN, finetune=FINETUNE)
-    found = [(stage, r) for stage in stages for r in stages[stage] if name in ('', r.name)]
-    if not found:
-        raise ValueError(
-            f'recipe={name!r} is not known'
-            + did_you_mean(name, [r.name for rows in stages.values() for r in rows])
-        )
+    "For a terminal: all recipes, or all settings of one; `ValueError` names the nearest known one."
+    everything = [(stage, r) for stage, some in _STAGES.items() for r in some]
     if name:
-        return _aligned(
-            [
-                ('stage', found[0][0]),
-                *((f.name, str(getattr(found[0][1], f.name))) for f in reversed(fields(Recipe))),
-            ]
-        )
-    rows = {
-        r.paper: [
-            (o.name, stage, o.dataset, o.model, o.cost, o.expected)
-            for stage, o in found
-            if o.paper == r.paper
-        ]
-        for _, r in found
-    }
-    return '\n\n'.join(f'{paper}\n{_aligned(rows[paper])}' for paper in rows)
+        for stage, r in everything:
+            if r.name == name:
+                return _all_settings(stage, r)
+        known = [r.name for _, r in everything]
+        raise ValueError(f'recipe={name!r} is not known' + did_you_mean(name, known))
+    by_paper = {}
+    for stage, r in everything:
+        row = (r.name, stage, r.dataset, r.model, r.cost, r.expected)
+        by_paper.setdefault(r.paper, []).append(row)
+    return '\n\n'.join(f'{paper}\n{_aligned(rows)}' for paper, rows in by_paper.items())
 
 # %% ../../nbs/training/01_recipes.ipynb #b12dd812
 _small = dict(
@@ -575,14 +581,15 @@ def shrink(
     "The demo version of a recipe: minutes on two CPU cores."
     from fdsl_nb.formulas.formula import formulas
 
-    drawn = r.dataset in formulas() or ':' in r.dataset
-    knobs = {**r.knobs, 'classes': 100, **DEMO_KNOBS.get(r.dataset, {})} if drawn else {}
+    knobs = {}
+    if r.dataset in formulas() or ':' in r.dataset:
+        knobs = {**r.knobs, 'classes': 100, **DEMO_KNOBS.get(r.dataset, {})}
     return replace(r, **DEMO[stage], knobs=knobs)
 
 # %% ../../nbs/training/01_recipes.ipynb #de8f46d5
 def resolve(
     stage: str,  # pretrain or finetune
-    given: dict,  # values given by hand: fields of `Recipe`, or knobs of the formula under `knobs`
+    given: dict,  # by hand: fields of `Recipe`, and knobs of the formula under `knobs`
     name: str = None,  # a recipe's name
     budget: str = 'demo',  # demo or paper
 ) -> dict:  # field → Resolved(value, source)
@@ -593,17 +600,13 @@ def resolve(
     if given.get('dataset', base.dataset) != base.dataset:
         base = replace(base, dataset=given['dataset'], knobs={})
     chosen = shrink(base, stage) if budget == 'demo' else base
-    sources = {}
+    config = {}
     for f in fields(Recipe):
         published, value = getattr(base, f.name), getattr(chosen, f.name)
-        sources[f.name] = Resolved(
-            value, f'recipe {base.name}' if value == published else f'budget {budget}'
-        )
-    given = (
-        {**given, 'knobs': {**chosen.knobs, **given.get('knobs', {})}}
-        if given.get('knobs')
-        else given
-    )
-    config = sources | {k: Resolved(v, 'parameter') for k, v in given.items()}
+        source = f'recipe {base.name}' if value == published else f'budget {budget}'
+        config[f.name] = Resolved(value, source)
+    if given.get('knobs'):
+        given = given | dict(knobs={**chosen.knobs, **given['knobs']})
+    config |= {k: Resolved(v, 'parameter') for k, v in given.items()}
     checked(Recipe(**{f.name: config[f.name].value for f in fields(Recipe)}))
     return config

@@ -26,11 +26,16 @@ def metric_of(
 ) -> float | None:
     "The number by which checkpoints are compared, higher for better; None if they are not."
     loss = -row['train_loss']
-    return dict(
-        loss=loss, top1=row.get('eval_top1', loss), top1_test=row.get('eval_top1', loss)
-    ).get(best_by)
+    top1 = row.get('eval_top1', loss)
+    return dict(loss=loss, top1=top1, top1_test=top1).get(best_by)
 
 # %% ../../nbs/training/07_saving.ipynb #500c7bd0
+def _plain_schedule(schedule):
+    "The schedule's state without the functions that it holds."
+    plain = (int, float, str, bool, list, type(None))
+    return {k: v for k, v in schedule.state_dict().items() if isinstance(v, plain)}
+
+
 def write_state(
     learn: FDSLLearner,
     path: Path,
@@ -46,7 +51,7 @@ def write_state(
         batch=batch,
         sums=sums,
         row=learn.row,
-        schedule=learn.every_step.schedule.state_dict(),
+        schedule=_plain_schedule(learn.every_step.schedule),
     )
     save_checkpoint(
         path,
@@ -57,18 +62,7 @@ def write_state(
         metric=learn.metric,
         args=settings,
         ema=learn.average and learn.average.module,
-        extra=dict(fdsl=_plain_schedule(state), amp_scaler=learn.scaler.state_dict()),
-    )
-
-
-def _plain_schedule(state):
-    "Without the schedule's functions of itself."
-    return state | dict(
-        schedule={
-            k: v
-            for k, v in state['schedule'].items()
-            if isinstance(v, (int, float, str, bool, list, type(None)))
-        }
+        extra=dict(fdsl=state, amp_scaler=learn.scaler.state_dict()),
     )
 
 # %% ../../nbs/training/07_saving.ipynb #3cb733ff
@@ -83,14 +77,17 @@ def same_file(path: Path, other: Path):
     os.replace(new, other)
 
 
-def own_checkpoints(folder: RunFolder, kind: str) -> dict:  # numbers in the name → path
-    "The checkpoints that the run wrote as `KIND-N….pth.tar`, KIND being checkpoint (after an epoch) or recovery (within one)."
-    found = [
-        name
-        for name in noted_files(folder)
-        if re.fullmatch(rf'{kind}(-\d+)+\.pth\.tar', name) and folder.file(name).exists()
-    ]
-    return {tuple(map(int, re.findall(r'\d+', name))): folder.file(name) for name in found}
+def own_checkpoints(
+    folder: RunFolder,
+    kind: str,  # checkpoint (after an epoch) or recovery (within one)
+) -> dict:  # numbers in the name → path
+    "The checkpoints that the run wrote as `KIND-N….pth.tar`."
+    found = {}
+    for name in noted_files(folder):
+        path = folder.file(name)
+        if re.fullmatch(rf'{kind}(-\d+)+\.pth\.tar', name) and path.exists():
+            found[tuple(map(int, re.findall(r'\d+', name)))] = path
+    return found
 
 
 def trim(
@@ -99,12 +96,14 @@ def trim(
     best_by: str,
 ):
     "Removes all but the best (without a metric: the latest) of the epochs' checkpoints."
-    rows = {r['epoch']: metric_of(r, best_by) for r in read_summary(folder)}
+    metrics = {r['epoch']: metric_of(r, best_by) for r in read_summary(folder)}
     kept = {epoch: path for (epoch,), path in own_checkpoints(folder, 'checkpoint').items()}
-    order = sorted(
-        kept, key=lambda e: (rows.get(e) if rows.get(e) is not None else 0.0, e), reverse=True
-    )
-    for epoch in order[history:]:
+
+    def worth(epoch):
+        metric = metrics.get(epoch)
+        return (0.0 if metric is None else metric, epoch)
+
+    for epoch in sorted(kept, key=worth, reverse=True)[history:]:
         kept[epoch].unlink()
 
 # %% ../../nbs/training/07_saving.ipynb #7ad65698
@@ -113,7 +112,13 @@ class Records(Callback):
 
     order = 60
 
-    def __init__(self, folder: RunFolder, settings: dict, history: int = 0, hold: int = 0):
+    def __init__(
+        self,
+        folder: RunFolder,
+        settings: dict,  # the run's values, kept in the checkpoint
+        history: int = 0,  # epochs of which a checkpoint is kept, the best ones
+        hold: int = 0,  # every so many epochs a checkpoint stays for good; 0 for never
+    ):
         self.folder, self.settings, self.history, self.hold = folder, settings, history, hold
 
     def after_epoch(self):
@@ -134,7 +139,11 @@ class Records(Callback):
         speed = f'{learn.images_per_second:.0f} images/s'
         print(f'epoch {learn.epoch + 1}/{learn.n_epoch}: {numbers}, {speed}', flush=True)
 
-    def compare(self, metric: float | None, progress: float) -> bool:
+    def compare(
+        self,
+        metric: float | None,  # by which the best epoch is chosen
+        progress: float,  # what a plateau schedule looks at where there is no metric
+    ) -> bool:
         "Keeps the metric, which a plateau schedule wants too; says whether it is the best so far."
         self.learn.metric = progress if metric is None else metric
         better = metric is not None and (self.learn.best is None or metric > self.learn.best)
@@ -190,15 +199,13 @@ class Pause(Callback):
         self.epochs = epochs
 
     def after_epoch(self):
-        if (
-            self.learn.epoch + 1 - self.learn.first_epoch < self.epochs
-            or self.learn.epoch + 1 == self.learn.n_epoch
-        ):
+        done = self.learn.epoch + 1
+        if done - self.learn.first_epoch < self.epochs or done == self.learn.n_epoch:
             return
         self.learn.paused = True
         raise CancelFitException
 
-
+# %% ../../nbs/training/07_saving.ipynb #677b985c
 class SaveInputs(Callback):
     "The first batch as the network sees it, up to 64 images, as `inputs.png`."
 
@@ -221,14 +228,24 @@ def latest(folder: RunFolder) -> Path | None:
     done = read_checkpoint(last)['epoch'] if last.exists() else -1
     within = own_checkpoints(folder, 'recovery')
     newest = max(within, default=(-1, 0))
-    return within[newest] if newest[0] > done else last if last.exists() else None
+    if newest[0] > done:
+        return within[newest]
+    return last if last.exists() else None
 
 # %% ../../nbs/training/07_saving.ipynb #8ef6068c
+def _own_sums(sums):
+    if not sums:
+        return None
+    if len(sums) == len(each([0.0])):
+        return sums[rank()]
+    return [sum(s) for s in zip(*sums)] if rank() == 0 else [0.0, 0.0]
+
+
 def restore(
     learn: FDSLLearner,
     path: Path,  # a checkpoint of this run
 ):
-    "Puts everything back, so that `fit` goes on where the checkpoint was written; returns the last whole epoch's row."
+    "Puts everything back so that `fit` goes on from there; returns the last whole epoch's row."
     saved = read_checkpoint(path)
     unwrap_model(learn.model).load_state_dict(saved['state_dict'])
     if learn.average:
@@ -237,20 +254,10 @@ def restore(
     learn.opt.opt.load_state_dict(saved['optimizer'])
     learn.precision.scaler.load_state_dict(saved['amp_scaler'])
     state = saved['fdsl']
-    learn.first_epoch, learn.first_batch = saved['epoch'] + (not state['batch']), state['batch']
-    learn.steps_done, learn.best, learn.metric, learn.every_step.state = (
-        state['steps_done'],
-        state['best'],
-        state['metric'],
-        state['schedule'],
-    )
-    learn.row, learn.sums_so_far = state['row'], _own_sums(state['sums'])
+    learn.first_batch = state['batch']
+    learn.first_epoch = saved['epoch'] if state['batch'] else saved['epoch'] + 1
+    learn.steps_done = state['steps_done']
+    learn.best, learn.metric, learn.row = state['best'], state['metric'], state['row']
+    learn.every_step.state = state['schedule']
+    learn.sums_so_far = _own_sums(state['sums'])
     return learn.row
-
-
-def _own_sums(sums):
-    if not sums:
-        return None
-    if len(sums) == len(each([0.0])):
-        return sums[rank()]
-    return [sum(s) for s in zip(*sums)] if rank() == 0 else [0.0, 0.0]

@@ -1,4 +1,5 @@
 """What `launch` starts: the launcher of the ranks (given PROCESSES FOLDER), then each rank (given FOLDER)."""
+
 import sys
 from fdsl_nb.training.distributed import leave_with_parent, run_as_rank
 
@@ -8,7 +9,17 @@ def main():
     if len(sys.argv) == 2:
         return run_as_rank(sys.argv[1])
     from torch.distributed.run import main as start_ranks
-    start_ranks(['--standalone', '--nproc-per-node', sys.argv[1], '-m', 'fdsl_nb.training.worker', sys.argv[2]])
+
+    start_ranks(
+        [
+            '--standalone',
+            '--nproc-per-node',
+            sys.argv[1],
+            '-m',
+            'fdsl_nb.training.worker',
+            sys.argv[2],
+        ]
+    )
 
 
 if __name__ == '__main__':

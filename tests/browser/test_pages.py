@@ -1,4 +1,7 @@
-"""What people see, in a real browser with no network: Chromium, driven by playwright-core. Screenshots stay in tests/browser/shots."""
+"""What people see, in a real browser with no network: Chromium, driven by playwright-core.
+
+Screenshots stay in tests/browser/shots.
+"""
 
 import json
 import os
@@ -67,7 +70,7 @@ def drive():
 
 @contextmanager
 def server(command, ready, log, **environment):
-    "A server on a free port for the block; afterwards it and its children are gone. `PORT` in the command is replaced."
+    "A server for the block, on a free port which replaces `PORT` in the command; then it is ended."
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
@@ -111,16 +114,8 @@ def test_every_page_of_the_documentation_opens_without_network(documentation, dr
         for p in documentation.rglob('*.html')
         if '_static' not in p.parts
     )
-    serve = [
-        sys.executable,
-        '-m',
-        'http.server',
-        'PORT',
-        '--bind',
-        '127.0.0.1',
-        '--directory',
-        str(documentation),
-    ]
+    serve = [sys.executable, '-m', 'http.server', 'PORT', '--bind', '127.0.0.1']
+    serve += ['--directory', str(documentation)]
     with server(serve, '/index.html', tmp_path / 'log') as address:
         found = drive('docs.mjs', address, SHOTS, *pages)
     assert found['faults'] == []
@@ -131,7 +126,7 @@ def test_every_page_of_the_documentation_opens_without_network(documentation, dr
 
 @contextmanager
 def lab(notebook, folder, **environment):
-    "JupyterLab with one of our notebooks in its folder, for the block; what it remembers goes to `folder`."
+    "JupyterLab for the block, with one of our notebooks; its own files go to `folder`."
     work = folder / 'work'
     work.mkdir()
     shutil.copy(ROOT / 'nbs' / notebook, work)  # JupyterLab saves what it shows
@@ -151,9 +146,8 @@ def lab(notebook, folder, **environment):
         '--LabApp.news_url=',
         '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate',
     ]
-    with server(
-        command, '/api', folder / 'log', **own, FDSL_DATA_ROOT=str(folder / 'data'), **environment
-    ) as address:
+    own['FDSL_DATA_ROOT'] = str(folder / 'data')
+    with server(command, '/api', folder / 'log', **own, **environment) as address:
         yield address
 
 
@@ -169,11 +163,12 @@ def test_the_run_browser_in_jupyterlab_follows_a_run(drive, tmp_path):
     runs = tmp_path / 'runs'
     fake_run(runs, 'rcdb/first', lr=0.2)
     fake_run(runs, 'rcdb/second', 'failed', 1)
-    atoms, told = fake_run(runs, 'atoms', 'running', 2, dataset='visualatom'), threading.Event()
+    atoms = fake_run(runs, 'atoms', 'running', 2, dataset='visualatom')
+    ended = threading.Event()
 
     def train():
         for e in range(2, 100):
-            if told.wait(1):
+            if ended.wait(1):
                 return
             add_fake_epoch(atoms, e)
 
@@ -183,6 +178,6 @@ def test_the_run_browser_in_jupyterlab_follows_a_run(drive, tmp_path):
         try:
             found = drive('browse.mjs', address, SHOTS)
         finally:
-            told.set()
+            ended.set()
             training.join()
     assert found == dict(faults=[], rows=3, follows=True, redraws=True, differs=True)
