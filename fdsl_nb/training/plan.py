@@ -6,7 +6,7 @@
 __all__ = ['CHOICES', 'Data', 'Start', 'Optimisation', 'Schedule', 'Recipe', 'checked', 'in_epochs']
 
 # %% ../../nbs/training/00_plan.ipynb #d3aeacd0
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from ..core.settings import did_you_mean
 from ..data.augmentation import Augmentation, Mixing
 

@@ -39,9 +39,7 @@ from .multilabel import MultiLabelCounter, MultiLabelLoss, evaluate_labels
 from ..models.google import vit_pytorch_dropout
 from ..models.models import create_model, freeze
 from .plan import Recipe, checked, in_epochs
-from .recipes import resolve
 from .saving import Pause, Records, Recovery, SaveInputs, latest, restore
-from ..core.settings import Resolved
 
 # %% ../../nbs/training/08_training.ipynb #be6f9a80
 RUN = dict(
