@@ -1,5 +1,6 @@
 """The registry: families by entry points, by `@register`, and by module and class."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -180,3 +181,38 @@ def test_what_a_family_need_not_say():
     assert not f.by_chance and f.background == 0 and formula('rcdb').background == 255
     with pytest.raises(ValueError, match='steps has no published file names'):
         f.published_file(0, 0)
+
+
+# Names that other people's code imports
+
+PROMISED = {
+    'core.rng': ['NumpyRandom', 'PythonRandom'],
+    'formulas.formula': ['formula', 'formulas'],
+    'formulas.contours': ['RCDB', 'VisualAtom'],
+    'formulas.ifs': [
+        'FractalDB',
+        'OFDB2D',
+        'OnePFrac',
+        'render_ifs',
+        'sample_system',
+        'search_categories',
+        'with_probabilities',
+    ],
+    'formulas.ifs3d': [
+        'ExFractalDB',
+        'MVFractalDB',
+        'OFDB3D',
+        'points_3d',
+        'render_views',
+        'search_categories_3d',
+    ],
+    'data.datasets': ['open_dataset'],
+    'training.learner': ['fdsl_learner'],
+    'models.checkpoints': ['load_weights', 'save_checkpoint'],
+}
+
+
+@pytest.mark.parametrize('module', PROMISED)
+def test_promised_names_stay_where_they_are(module):
+    found = importlib.import_module(f'fdsl_nb.{module}')
+    assert [name for name in PROMISED[module] if name not in found.__all__] == []

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['weight_table', 'Variant', 'flipped', 'FractalDB', 'OFDB2D', 'sample_system', 'with_probabilities', 'disturbed',
-           'OnePFrac']
+           'OnePFrac', 'render_ifs', 'search_categories']
 
 # %% ../../nbs/formulas/05_ifs.ipynb #26df10b6
 import hashlib, re
@@ -34,7 +34,11 @@ from fdsl_nb.formulas.ifs_search import (
     canonical_picks,
     check_rate,
     published_categories,
+    search_categories,
 )
+
+# %% ../../nbs/formulas/05_ifs.ipynb #348aa951
+_all_ = ['render_ifs', 'search_categories']
 
 # %% ../../nbs/formulas/05_ifs.ipynb #1f2bdc0d
 @lru_cache(16)

@@ -29,6 +29,7 @@ CHROMIUM = (
     shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 )
 pytestmark = [
+    pytest.mark.process,
     pytest.mark.skipif(
         not CHROMIUM, reason='Chromium is not here (Debian: apt-get install chromium)'
     ),
