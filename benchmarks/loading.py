@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms.v2 import CenterCrop, Compose, PILToTensor
 from fdsl_nb.data.augment import train_transform
 from fdsl_nb.build.build import build
-from fdsl_nb.data.loading import EpochBatches, FormulaDataset, train_loader
+from fdsl_nb.data.loading import EpochBatchSampler, FormulaDataset, train_loader
 from fdsl_nb.data.datasets import open_dataset
 from fdsl_nb.formulas.formula import formula
 from fdsl_nb.training.recipes import recipe
@@ -64,7 +64,7 @@ def best_rates(f, root, transform, rounds):
     best = dict.fromkeys((*sets, 'stream, zstd'), 0.0)
     for epoch in range(rounds):
         for name, dataset in sets.items():
-            batches = EpochBatches(len(f), BATCH)
+            batches = EpochBatchSampler(len(f), BATCH)
             batches.epoch = epoch
             best[name] = max(best[name], rate(train_loader(dataset, transform, batches)))
         stream = ShardStream(f'{root}/shards, zstd', transform, BATCH)

@@ -21,14 +21,16 @@ from fdsl_nb.models.models import create_model
 from fdsl_nb.training.plan import Recipe
 
 CASES = {
-    'deit_tiny, 224 pixels': dict(image_size=224, batch=8),
+    'deit_tiny, 224 pixels': dict(img_size=224, batch_size=8),
     'demo model, 32 pixels': dict(
-        image_size=32,
-        batch=64,
-        model_options=dict(patch_size=8, embed_dim=128, depth=4, num_heads=4),
+        img_size=32,
+        batch_size=64,
+        model_kwargs=dict(patch_size=8, embed_dim=128, depth=4, num_heads=4),
     ),
     'one layer, 32 pixels': dict(
-        image_size=32, batch=2, model_options=dict(patch_size=8, embed_dim=32, depth=1, num_heads=2)
+        img_size=32,
+        batch_size=2,
+        model_kwargs=dict(patch_size=8, embed_dim=32, depth=1, num_heads=2),
     ),
 }
 
@@ -49,7 +51,7 @@ class InMemory:
 
 def bare(model, r, batches, steps):
     "Steps/s of timm's parts in a plain loop."
-    optimizer = create_optimizer_v2(model, opt=r.optimizer, lr=r.lr, weight_decay=r.weight_decay)
+    optimizer = create_optimizer_v2(model, opt=r.opt, lr=r.lr, weight_decay=r.weight_decay)
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched='cosine',
@@ -83,11 +85,12 @@ def ours(model, r, batches, steps):
 
 def measure(r, seconds, rounds):
     "Steps/s of the bare loop and of the learner, a pair for each round."
-    side = r.image_size
+    side = r.img_size
     batches = [
-        (torch.randn(r.batch, 3, side, side), torch.randint(10, (r.batch,))) for _ in range(4)
+        (torch.randn(r.batch_size, 3, side, side), torch.randint(10, (r.batch_size,)))
+        for _ in range(4)
     ]
-    options = dict(seed=0, drop_path_rate=r.drop_path) | r.model_options
+    options = dict(seed=0, drop_path_rate=r.drop_path) | r.model_kwargs
     fresh = partial(create_model, r.model, 10, side, **options)
     for program in (ours, bare):
         program(fresh(), r, batches, 2)  # whatever is done once

@@ -140,7 +140,7 @@ DATA = dict(
 
 def published(r):
     "What was reported for a recipe."
-    return ', '.join(f'{DATA.get(k, k)} {v}' for k, v in r.published.items())
+    return ', '.join(f'{DATA.get(k, k)} {v}' for k, v in r.reported.items())
 
 
 def recipes(stage):
@@ -170,12 +170,12 @@ def one_recipe(r, stage):
     values = {
         f.name: getattr(r, f.name)
         for f in fields(r)
-        if f.name not in ('name', 'paper', 'cost', 'published')
+        if f.name not in ('name', 'paper', 'cost', 'reported')
     }
     own = [
         (f'`{k}`', code(v))
         for k, v in values.items()
-        if v != plain[k] or k in ('dataset', 'model', 'epochs', 'batch', 'lr')
+        if v != plain[k] or k in ('dataset', 'model', 'epochs', 'batch_size', 'lr')
     ]
     reported = f'Published: {published(r)} %' if published(r) else ''
     about = '. '.join(w for w in (r.paper, r.cost, reported) if w)

@@ -146,7 +146,7 @@ def test_kinds_of_transformer(name, changed, tokens, averages):
 def test_hybrid_and_oblong_images():
     hybrid = create_model('R50-ViT-B_16', 10, 64, embed_dim=32, depth=2, num_heads=2)
     assert attend(hybrid, picture()).grid == (4, 4)
-    oblong = vit(size=None, img_size=(16, 40))
+    oblong = vit(size=(16, 40))
     attention = attend(oblong, picture())
     assert (
         attention.grid == (2, 5)

@@ -20,7 +20,7 @@ from fdsl_nb.build.build import build, local_executor, make_plan, open_executor,
 from fdsl_nb.app.builds import run_build, start_build, verify_build
 from fdsl_nb.models.checkpoints import read_checkpoint
 from fdsl_nb.formulas.contours import RCDB, VisualAtom
-from fdsl_nb.data.loading import EpochBatches, FormulaDataset, train_loader
+from fdsl_nb.data.loading import EpochBatchSampler, FormulaDataset, train_loader
 from fdsl_nb.data.datasets import open_dataset
 from fdsl_nb.core.folder import RunFolder
 from fdsl_nb.formulas.ifs import FractalDB, OFDB2D, OnePFrac
@@ -762,7 +762,10 @@ def test_first_epoch_is_that_of_the_online_data_set(shards, workers):
             [
                 x
                 for x, _ in train_loader(
-                    d, PILToTensor(), EpochBatches(120, 8, seed=5), workers if d is sets[0] else 0
+                    d,
+                    PILToTensor(),
+                    EpochBatchSampler(120, 8, seed=5),
+                    workers if d is sets[0] else 0,
                 )
             ]
         )
@@ -807,15 +810,22 @@ def test_others_shards_by_pattern(shards, tmp_path):
 @pytest.mark.process
 @pytest.mark.filterwarnings('ignore:This DataLoader will create')
 @pytest.mark.parametrize(
-    'world, workers, batch, buffer', [(1, 0, 7, 0), (2, 2, 8, 10), (3, 2, 12, 200), (4, 3, 4, 3)]
+    'world_size, workers, batch, buffer',
+    [(1, 0, 7, 0), (2, 2, 8, 10), (3, 2, 12, 200), (4, 3, 4, 3)],
 )
-def test_streams_lose_and_double_nothing(shards, world, workers, batch, buffer):
+def test_streams_lose_and_double_nothing(shards, world_size, workers, batch, buffer):
     numbers = {SMALL.render(*divmod(i, 20)).tobytes(): i for i in range(120)}
     for epoch in (0, 1):
         seen, lengths = [], []
-        for rank in range(world):
+        for rank in range(world_size):
             stream = ShardStream(
-                shards, PILToTensor(), batch, seed=2, rank=rank, world=world, buffer=buffer
+                shards,
+                PILToTensor(),
+                batch,
+                seed=2,
+                rank=rank,
+                world_size=world_size,
+                buffer=buffer,
             )
             stream.epoch = epoch
             own = [
@@ -845,15 +855,15 @@ def test_streams_resume_in_an_epoch(shards, workers, first):
 def test_shares_cover_an_epoch_for_any_numbers():
     chance = random.Random(0)
     for _ in range(200):
-        world, workers, own = chance.randint(1, 5), chance.randint(1, 5), chance.randint(1, 6)
-        records = chance.randint(world * own, 300)
+        world_size, workers, own = chance.randint(1, 5), chance.randint(1, 5), chance.randint(1, 6)
+        records = chance.randint(world_size * own, 300)
         parts = [
-            share(records, world * own, r, world, w, workers)
-            for r in range(world)
+            share(records, world_size * own, r, world_size, w, workers)
+            for r in range(world_size)
             for w in range(workers)
         ]
         taken = [i for first, many in parts for i in range(first, first + many)]
-        assert sorted(taken) == list(range(records // (world * own) * world * own))
+        assert sorted(taken) == list(range(records // (world_size * own) * world_size * own))
         counts = [9] * (records // 9) + [records % 9]
         for part in parts:
             assert sum(stop - start for _, start, stop in spans(counts, *part)) == part[1]
@@ -873,7 +883,10 @@ def test_damaged_records_are_named_or_counted(shards, tmp_path, workers):
         BuiltDataset(copy)[broken]
     lenient = BuiltDataset(copy, on_error='skip')
     assert (
-        sum(len(x) for x, _ in train_loader(lenient, PILToTensor(), EpochBatches(120, 8), workers))
+        sum(
+            len(x)
+            for x, _ in train_loader(lenient, PILToTensor(), EpochBatchSampler(120, 8), workers)
+        )
         == 120
         and lenient.skipped.item() == 1
     )
@@ -890,10 +903,10 @@ def test_damaged_records_are_named_or_counted(shards, tmp_path, workers):
 @pytest.mark.process
 @pytest.mark.filterwarnings('ignore:This DataLoader will create')
 @pytest.mark.parametrize(
-    'world, workers, repeats, images',
+    'world_size, workers, repeats, images',
     [(1, 0, 3, None), (2, 2, 3, None), (1, 0, 1, 64), (1, 0, 2, 400), (2, 0, 3, 104)],
 )
-def test_streams_repeat_and_cut_as_numbered_sets_do(shards, world, workers, repeats, images):
+def test_streams_repeat_and_cut_as_numbered_sets_do(shards, world_size, workers, repeats, images):
     "Epochs are pieces of one sequence: an image comes again only when all images have come."
     numbers = {SMALL.render(*divmod(i, 20)).tobytes(): i for i in range(120)}
     shown, epochs = Counter(), 3 if workers else 5
@@ -905,12 +918,12 @@ def test_streams_repeat_and_cut_as_numbered_sets_do(shards, world, workers, repe
                 8,
                 seed=2,
                 rank=r,
-                world=world,
+                world_size=world_size,
                 buffer=7,
                 repeats=repeats,
                 images=images,
             )
-            for r in range(world)
+            for r in range(world_size)
         ]
         for stream in streams:
             stream.epoch = epoch
@@ -919,7 +932,7 @@ def test_streams_repeat_and_cut_as_numbered_sets_do(shards, world, workers, repe
                 for xs, _ in stream_loader(stream, workers)
                 for x in xs
             ]
-            assert len(own) == len(stream) == (images or 120) // 8 * 8 // world
+            assert len(own) == len(stream) == (images or 120) // 8 * 8 // world_size
             shown.update(own)
         if not images:
             assert sum(shown.values()) == 120 * (epoch + 1) and all(
@@ -933,14 +946,14 @@ def test_streams_repeat_and_cut_as_numbered_sets_do(shards, world, workers, repe
 
 
 def test_a_stream_augments_as_a_numbered_set_does(shards):
-    "The same image, walk and repeat: the same view, wherever it was read from."
+    "The same image, pass_index and repeat: the same view, wherever it was read from."
 
     def noise(image):
         return torch.rand(4)
 
     stream, whole = ShardStream(shards, noise, 8, seed=2, repeats=3), FormulaDataset(SMALL)
     views = {tuple(x.tolist()) for xs, _ in stream_loader(stream) for x in xs}
-    batches = EpochBatches(120, 8, seed=2, repeats=3, images=360)
+    batches = EpochBatchSampler(120, 8, seed=2, repeats=3, images=360)
     assert (
         views < {tuple(x.tolist()) for xs, _ in train_loader(whole, noise, batches) for x in xs}
         and len(views) == 120
@@ -958,17 +971,17 @@ def trained(folder, **given):
         dict(
             budget='demo',
             epochs=1,
-            batch=16,
+            batch_size=16,
             warmup_epochs=0,
             wandb_mode='disabled',
             mixup=0.5,
             repeats=2,
-            epoch_images=160,
+            samples_per_epoch=160,
         )
         | given
     )
     result = run_training(
-        configuration('pretrain', asked, RunFolder(folder)) | dict(model_options=TINY)
+        configuration('pretrain', asked, RunFolder(folder)) | dict(model_kwargs=TINY)
     )
     return read_checkpoint(folder / 'last.pth.tar')['state_dict'], result
 
@@ -1030,7 +1043,10 @@ def test_shards_over_http(shards, tmp_path):
         assert [one.label(i) for i in range(120)] == [local.label(i) for i in range(120)] and rgb(
             one[77][0]
         ).tobytes() == rgb(local[77][0]).tobytes()
-        assert sum(len(x) for x, _ in one.train_loader(PILToTensor(), EpochBatches(120, 8))) == 120
+        assert (
+            sum(len(x) for x, _ in one.train_loader(PILToTensor(), EpochBatchSampler(120, 8)))
+            == 120
+        )
         server.shutdown()
 
 

@@ -20,9 +20,9 @@ GOLDEN = Path(__file__).parent / 'golden'
 ARCH = 'vit_tiny_patch16_224'
 
 
-def vit(classes=10, image_size=32, seed=0, **kwargs):
+def vit(classes=10, img_size=32, seed=0, **kwargs):
     small = dict(patch_size=8, depth=2, embed_dim=48, num_heads=3)
-    return create_model(ARCH, classes, image_size, seed=seed, **small | kwargs)
+    return create_model(ARCH, classes, img_size, seed=seed, **small | kwargs)
 
 
 def save(path, model=None, **kwargs):
@@ -141,9 +141,9 @@ def test_timm_resumes_from_ours(tmp_path):
 def test_averaged_weights_on_request(tmp_path):
     path = save(tmp_path / 'last.pth.tar', vit(seed=0), ema=vit(seed=2))
     assert equal(read_weights(path)[1], vit(seed=0).state_dict())
-    assert equal(read_weights(path, ema=True)[1], vit(seed=2).state_dict())
+    assert equal(read_weights(path, use_ema=True)[1], vit(seed=2).state_dict())
     with pytest.raises(CheckpointError, match='no averaged weights'):
-        read_weights(save(tmp_path / 'plain.pth.tar'), ema=True)
+        read_weights(save(tmp_path / 'plain.pth.tar'), use_ema=True)
 
 
 def test_wrapped_models_are_saved_and_loaded_bare(tmp_path):
@@ -442,7 +442,7 @@ def test_head_zeroed_or_new(tmp_path, classes):
 
 @pytest.mark.parametrize('mode', ['bicubic', 'bilinear', 'bilinear_corners'])
 def test_position_embedding_is_resized(tmp_path, mode):
-    path, target = save(tmp_path / 'last.pth.tar'), vit(image_size=48, seed=1)
+    path, target = save(tmp_path / 'last.pth.tar'), vit(img_size=48, seed=1)
     report = load_weights(target, path, resize=mode)
     assert report.resized == (('position embedding', (4, 4), (6, 6)),)
     assert 'position embedding: 4×4 → 6×6' in repr(report)
@@ -451,7 +451,7 @@ def test_position_embedding_is_resized(tmp_path, mode):
 
 
 def test_patch_kernel_is_resized_and_reported(tmp_path):
-    report = load_weights(vit(image_size=64, patch_size=16), save(tmp_path / 'last.pth.tar'))
+    report = load_weights(vit(img_size=64, patch_size=16), save(tmp_path / 'last.pth.tar'))
     assert report.resized == (('patch_embed.proj.weight', (48, 3, 8, 8), (48, 3, 16, 16)),)
 
 

@@ -27,7 +27,7 @@ from fdsl_nb.data.coyo import (
     seal_shards,
     write_shards,
 )
-from fdsl_nb.data.loading import EpochBatches, eval_loader, train_loader
+from fdsl_nb.data.loading import EpochBatchSampler, eval_loader, train_loader
 
 TEN = dict(classes=10)
 
@@ -310,8 +310,8 @@ def test_shards_by_every_kind_of_name(tmp_path, sheets):
 def test_epochs_do_not_depend_on_processes_workers_or_stops(sheets):
     images = CoyoDataset(sheets[1], MultiHot(10, 0.2))
 
-    def epoch(rank=0, world=1, workers=0, first=0):
-        batches = EpochBatches(len(images), 4, 5, rank, world)
+    def epoch(rank=0, world_size=1, workers=0, first=0):
+        batches = EpochBatchSampler(len(images), 4, 5, rank, world_size)
         batches.epoch, batches.first = 2, first
         return list(train_loader(images, PILToTensor(), batches, workers))
 

@@ -27,18 +27,18 @@ def train(folder, shards, **given):
     given = (
         dict(
             dataset='coyo',
-            data=str(shards),
+            data_dir=str(shards),
             knobs=knobs,
             epochs=2,
-            epoch_images=64,
-            batch=16,
+            samples_per_epoch=64,
+            batch_size=16,
             warmup_epochs=0,
             wandb_mode='disabled',
         )
         | given
     )
     config = configuration('pretrain', given, RunFolder(folder))
-    return run_training(config | dict(model_options=Resolved(TINY, 'test')))
+    return run_training(config | dict(model_kwargs=Resolved(TINY, 'test')))
 
 
 @pytest.mark.process

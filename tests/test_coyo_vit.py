@@ -21,8 +21,8 @@ GOLDEN = Path(__file__).parent / 'golden'
 TINY = dict(embed_dim=64, depth=2, num_heads=4, mlp_ratio=2)
 
 
-def vit(classes=10, image_size=64, seed=0, **kwargs):
-    return create_coyo_vit('vit-ti/16', classes, image_size, seed=seed, **TINY | kwargs)
+def vit(classes=10, img_size=64, seed=0, **kwargs):
+    return create_coyo_vit('vit-ti/16', classes, img_size, seed=seed, **TINY | kwargs)
 
 
 @pytest.fixture(scope='module')
@@ -70,7 +70,7 @@ def test_exact_gelu_is_refused(published):
 
 
 def test_larger_images_stretch_corner_on_corner():
-    model, small = vit(image_size=96), vit()
+    model, small = vit(img_size=96), vit()
     load_weights(small, GOLDEN / 'coyo_ft.index')
     report = load_weights(model, GOLDEN / 'coyo_ft.index', resize='bilinear_corners')
     assert report.resized == (('position embedding', (4, 4), (6, 6)),)
@@ -186,9 +186,11 @@ def test_averaged_weights(tmp_path, kind):
     model, average = noisy(vit()), noisy(vit(), seed=4)
     path = bundle_of(tmp_path / 'x.index', model, kind, average, snappy=True)
     assert equal(read_weights(path)[1], dict(model.state_dict()))
-    assert equal(read_weights(path, ema=True)[1], dict(average.state_dict()))
-    with pytest.raises(CheckpointError, match="'y.index' has no averaged weights; leave ema out"):
-        read_weights(bundle_of(tmp_path / 'y.index', model), ema=True)
+    assert equal(read_weights(path, use_ema=True)[1], dict(average.state_dict()))
+    with pytest.raises(
+        CheckpointError, match="'y.index' has no averaged weights; leave use_ema out"
+    ):
+        read_weights(bundle_of(tmp_path / 'y.index', model), use_ema=True)
 
 
 def test_half_precision(tmp_path):

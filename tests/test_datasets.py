@@ -11,9 +11,9 @@ from fdsl_nb.data import datasets
 from fdsl_nb.data.cifar import CifarDataset
 from fdsl_nb.data.datasets import known_collections, named_dataset, open_dataset
 from fdsl_nb.data.loading import (
-    Adapted,
+    AdaptedDataset,
     DigitsDataset,
-    EpochBatches,
+    EpochBatchSampler,
     ImageDataset,
     Part,
     as_images,
@@ -86,7 +86,7 @@ def test_another_package_brings_a_data_set(birds):
     assert label == train.label(5) == 2
     assert open_dataset('birds', 'val') is None
     with pytest.raises(FileNotFoundError, match='birds: /x is not there'):
-        open_dataset('birds', data='/x')
+        open_dataset('birds', data_dir='/x')
     with pytest.raises(TypeError, match='sde'):
         open_dataset('birds', sde=4)
 
@@ -162,11 +162,11 @@ def seen(loader):
 
 @pytest.mark.process
 def test_a_plain_data_set_trains_like_one_of_ours():
-    batches = EpochBatches(20, 4, seed=3)
+    batches = EpochBatchSampler(20, 4, seed=3)
     assert seen(train_loader(Greys(), PILToTensor(), batches)) == seen(
         as_images(Greys()).train_loader(PILToTensor(), batches, 2)
     )
-    train, _ = make_loaders(dict(batch=4, seed=0, workers=0, image_size=8), {'train': Greys()})
+    train, _ = make_loaders(dict(batch_size=4, seed=0, workers=0, img_size=8), {'train': Greys()})
     assert len(train) == 5 and not many_labels({'train': Greys()})
     rest, aside = hold_out(Greys(), 0.2)
     assert isinstance(rest, Part)
@@ -178,7 +178,7 @@ def test_a_plain_data_set_trains_like_one_of_ours():
 
 def test_what_a_plain_data_set_brings_is_used():
     images = pickle.loads(pickle.dumps(as_images(Named())))
-    assert isinstance(images, Adapted)
+    assert isinstance(images, AdaptedDataset)
     assert images.multilabel
     assert images.train_loader(None, None) == 'my own'
     assert picture_names(Named())[7] == '7.png'

@@ -22,15 +22,17 @@ print(json.dumps(launch('fdsl_nb.training.distributed:say_hello', {})))
 
 
 @pytest.mark.process
-@pytest.mark.parametrize('name, rank, world, local', LAUNCHERS, ids=[row[0] for row in LAUNCHERS])
-def test_ranks_of_every_launcher_join(name, rank, world, local):
+@pytest.mark.parametrize(
+    'name, rank, world_size, local', LAUNCHERS, ids=[row[0] for row in LAUNCHERS]
+)
+def test_ranks_of_every_launcher_join(name, rank, world_size, local):
     meeting = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
     ranks = [
         subprocess.Popen(
             [sys.executable, '-c', HELLO],
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **meeting, rank: str(r), world: '2', local: str(r)},
+            env={**os.environ, **meeting, rank: str(r), world_size: '2', local: str(r)},
         )
         for r in range(2)
     ]

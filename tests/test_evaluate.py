@@ -23,7 +23,7 @@ from fdsl_nb.app.compare import (
     seconds_left,
 )
 from fdsl_nb.training.evaluate import (
-    Answers,
+    Predictions,
     Counter,
     best_classes,
     per_class,
@@ -37,7 +37,7 @@ from fdsl_nb.app.report import show_classes, show_result
 from fdsl_nb.app.runs import configuration, start_run
 from fdsl_nb.core.settings import Resolved
 from fdsl_nb.training.training import run_training
-from fdsl_nb.training.validation import read_answers, run_validation
+from fdsl_nb.training.validation import read_predictions, run_evaluation
 
 pytestmark = pytest.mark.long
 
@@ -50,8 +50,8 @@ def train(folder, **given):
             budget='demo',
             dataset='digits',
             epochs=8,
-            batch=32,
-            image_size=16,
+            batch_size=32,
+            img_size=16,
             lr=3e-3,
             warmup_epochs=0,
             wandb_mode='disabled',
@@ -59,17 +59,17 @@ def train(folder, **given):
         | given
     )
     config = configuration('finetune', asked, RunFolder(folder))
-    return run_training(config | dict(model_options=Resolved(TINY, 'test')))
+    return run_training(config | dict(model_kwargs=Resolved(TINY, 'test')))
 
 
 def examine(folder, **given):
-    return run_validation(configuration('evaluate', given, RunFolder(folder)))
+    return run_evaluation(configuration('evaluate', given, RunFolder(folder)))
 
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp('trained')
-    return folder, train(folder, options=dict(ema=0.9, scale=[0.9, 1.0], crop=1.0))
+    return folder, train(folder, options=dict(model_ema_decay=0.9, scale=[0.9, 1.0], crop_pct=1.0))
 
 
 @pytest.fixture(scope='module')
@@ -80,7 +80,7 @@ def weights(trained):
 @pytest.fixture(scope='module')
 def examined(trained, weights, tmp_path_factory):
     folder = tmp_path_factory.mktemp('examined')
-    return folder, examine(folder, weights=weights, ema=True, metric='published', batch=48)
+    return folder, examine(folder, weights=weights, use_ema=True, metric='published', batch_size=48)
 
 
 # Counting
@@ -100,11 +100,16 @@ def test_the_same_as_the_training_run_counted(trained, examined):
 def test_any_number_of_processes_gives_the_same_answers(processes, weights, examined, tmp_path):
     result, alone = (
         examine(
-            tmp_path, weights=weights, ema=True, metric='published', batch=48, processes=processes
+            tmp_path,
+            weights=weights,
+            use_ema=True,
+            metric='published',
+            batch_size=48,
+            processes=processes,
         ),
         examined[1],
     )
-    one, many = read_answers(RunFolder(examined[0])), read_answers(RunFolder(tmp_path))
+    one, many = read_predictions(RunFolder(examined[0])), read_predictions(RunFolder(tmp_path))
     assert (
         800 % 3 and np.array_equal(one.best, many.best) and np.array_equal(one.labels, many.labels)
     )
@@ -119,7 +124,7 @@ def test_any_number_of_processes_gives_the_same_answers(processes, weights, exam
 
 def test_the_published_number_by_hand():
     right = np.array([1, 1, 0, 1, 0], bool)
-    a = Answers(np.where(right, 0, 1)[:, None], np.zeros(5, np.int64), np.zeros(5))
+    a = Predictions(np.where(right, 0, 1)[:, None], np.zeros(5, np.int64), np.zeros(5))
     assert published_top1(a, 2) == pytest.approx(100 * (1 + 0.5 + 0) / 3)
     # two processes have images 0 2 4 and 1 3 0: the first one is repeated
     assert published_top1(a, 2, 2) == pytest.approx(100 * (0.5 + 0 + 1 + 1) / 4)
@@ -137,7 +142,7 @@ def test_equal_outputs_go_to_the_lowest_class():
 
 
 def test_classes_without_images_come_last():
-    a = Answers(np.array([[0], [0], [1]]), np.array([0, 1, 1]), np.zeros(3))
+    a = Predictions(np.array([[0], [0], [1]]), np.array([0, 1, 1]), np.zeros(3))
     table = per_class(a, ['a', 'b', 'nan'])
     assert (
         list(table.index) == ['b', 'a', 'nan']
@@ -178,10 +183,11 @@ def test_the_folder_holds_answers_and_classes(examined):
 
 def test_asked_again_it_answers_from_the_folder(examined, weights):
     assert (
-        examine(examined[0], weights=weights, ema=True, metric='published', batch=48) == examined[1]
+        examine(examined[0], weights=weights, use_ema=True, metric='published', batch_size=48)
+        == examined[1]
     )
-    with pytest.raises(ValueError, match='batch=48 there, batch=64 here'):
-        examine(examined[0], weights=weights, ema=True, metric='published', batch=64)
+    with pytest.raises(ValueError, match='batch_size=48 there, batch_size=64 here'):
+        examine(examined[0], weights=weights, use_ema=True, metric='published', batch_size=64)
 
 
 def test_changed_weights_are_not_answered_from_yesterday(weights, tmp_path):
@@ -208,12 +214,15 @@ def flips(data, n=60):
 
 
 def test_damaged_answers_are_named(examined, tmp_path):
-    whole, good = (examined[0] / 'answers.npz').read_bytes(), read_answers(RunFolder(examined[0]))
+    whole, good = (
+        (examined[0] / 'answers.npz').read_bytes(),
+        read_predictions(RunFolder(examined[0])),
+    )
     found = 0
     for data in (whole[:100], whole[:-1], b'', *flips(whole)):
         (tmp_path / 'answers.npz').write_bytes(data)
         try:
-            read = read_answers(RunFolder(tmp_path))
+            read = read_predictions(RunFolder(tmp_path))
         except ValueError as e:
             assert 'answers.npz is damaged' in str(e)
             found += 1
@@ -225,7 +234,7 @@ def test_damaged_answers_are_named(examined, tmp_path):
             )
     assert found > 40
     with pytest.raises(FileNotFoundError, match='run evaluate.ipynb'):
-        read_answers(RunFolder(tmp_path / 'nowhere'))
+        read_predictions(RunFolder(tmp_path / 'nowhere'))
 
 
 # Which weights
@@ -243,8 +252,8 @@ def test_the_averaged_weights_are_others(weights, examined, tmp_path):
 
 
 # a file of another program says nothing of its network
-NETWORK = dict(model='deit_tiny_patch16_224', model_options=TINY, image_size=16)
-PLAIN = NETWORK | dict(transform=dict(crop=1.0))
+NETWORK = dict(model='deit_tiny_patch16_224', model_kwargs=TINY, img_size=16)
+PLAIN = NETWORK | dict(transform=dict(crop_pct=1.0))
 
 
 @pytest.mark.parametrize('layout', ('model', 'bare', 'module.'))
@@ -274,7 +283,7 @@ def test_an_exported_model_knows_how_images_are_prepared(trained, tmp_path):
 
 
 def test_another_size_resizes_position_embeddings(weights, tmp_path):
-    result = examine(tmp_path, weights=weights, image_size=32)
+    result = examine(tmp_path, weights=weights, img_size=32)
     assert 'position embedding: 4×4 → 8×8' in result['weights'] and result['images'] == 800
 
 
@@ -305,15 +314,15 @@ def test_a_formula_is_asked_about_what_it_trained_on(tmp_path):
             classes=4,
             instances=8,
             epochs=1,
-            batch=16,
-            image_size=16,
+            batch_size=16,
+            img_size=16,
             warmup_epochs=0,
             seed=5,
             wandb_mode='disabled',
         ),
         RunFolder(tmp_path / 'train'),
     )
-    run_training(config | dict(model_options=Resolved(TINY, 'test')))
+    run_training(config | dict(model_kwargs=Resolved(TINY, 'test')))
     result = examine(tmp_path / 'run', weights=str(tmp_path / 'train' / 'last.pth.tar'))
     assert result['split'] == 'train' and result['images'] == 32
     knobs = read_config(RunFolder(tmp_path / 'run'))['knobs']
@@ -341,7 +350,7 @@ def picture(path, value=0):
         (dict(metric='publised'), ValueError, "did you mean 'published'"),
         (dict(labels='reel'), ValueError, "did you mean 'real'"),
         (dict(precision='half'), ValueError, "precision='half' is not known"),
-        (dict(transform=dict(crob=1.0)), ValueError, "did you mean 'crop'"),
+        (dict(transform=dict(crob=1.0)), ValueError, "did you mean 'crop_pct'"),
         (dict(dataset='digist'), ValueError, "did you mean 'digits'"),
         (dict(dataset='rcdb', split='val'), ValueError, "dataset='rcdb' has no split 'val'"),
         (
@@ -353,7 +362,7 @@ def picture(path, value=0):
             ),
         ),
         (dict(labels='real'), CheckpointError, '10 classes in the file, 1000 in the data'),
-        (dict(batch=0), ValueError, 'batch=0: at least one image'),
+        (dict(batch_size=0), ValueError, 'batch_size=0: at least one image'),
         (dict(weights='nowhere.pth.tar'), FileNotFoundError, 'nowhere.pth.tar'),
         (dict(weights=None), ValueError, 'weights=None: name the checkpoint'),
     ],
@@ -406,7 +415,7 @@ def test_images_with_several_labels_have_figures_of_their_own(tmp_path, monkeypa
 
     model = create_model('deit_tiny_patch16_224', 3, 16, seed=0, **TINY)
     save_checkpoint(tmp_path / 'w.pth.tar', model, arch='deit_tiny_patch16_224', epoch=0)
-    monkeypatch.setattr(validation, 'open_examined', lambda config: ('val', Stripes()))
+    monkeypatch.setattr(validation, 'open_evaluation_data', lambda config: ('val', Stripes()))
     given = dict(weights=str(tmp_path / 'w.pth.tar'), dataset='digits', **NETWORK)
     result = examine(tmp_path / 'run', **given)
     assert (
@@ -464,7 +473,7 @@ def test_real_is_what_a_count_by_hand_gives(imagenet, tmp_path):
             if k % 2 == 0
             else [(seen[numbers.index(i)] + 1) % 1000]
         )
-    a = Answers(np.array(seen)[:, None], np.zeros(12, np.int64), np.zeros(12))
+    a = Predictions(np.array(seen)[:, None], np.zeros(12, np.int64), np.zeros(12))
     assert real_top1(a, [str(f) for f in files], sets) == (5, 10)
     truth = real_labels()
     given = dict(
@@ -479,7 +488,7 @@ def test_real_is_what_a_count_by_hand_gives(imagenet, tmp_path):
     assert 'top1' not in result and not (tmp_path / 'classes.csv').exists(), (
         'the folders are not the classes'
     )
-    assert (read_answers(RunFolder(tmp_path)).best[:, 0] == seen).all()
+    assert (read_predictions(RunFolder(tmp_path)).best[:, 0] == seen).all()
     assert (
         'top-1, ImageNet-ReaL' in show_result(result).index
         and show_classes(dict(folder=Resolved(str(tmp_path), 'test'))) is None
@@ -508,7 +517,7 @@ def test_runs_side_by_side(trained, examined):
     assert (
         table.top1.iloc[1] == round(examined[1]['top1'], 2) and table.loc['a paper', 'top1'] == 97.0
     )
-    assert {'stage', 'batch', 'weights'} <= set(
+    assert {'stage', 'batch_size', 'weights'} <= set(
         differences(folders).index
     ) and 'workers' not in differences(folders).index
     figure = compare_figure(folders, {'a paper': 97.0})
@@ -524,7 +533,7 @@ def test_the_number_of_a_recipe_is_drawn_by_itself(trained, tmp_path):
         if p.suffix in ('.json', '.csv', '.jsonl'):
             (tmp_path / 'run' / p.name).write_bytes(p.read_bytes())
     config = json.loads((tmp_path / 'run' / 'config.json').read_text())
-    config['published']['value'] = dict(digits=99.5, cifar10=98.0)
+    config['reported']['value'] = dict(digits=99.5, cifar10=98.0)
     (tmp_path / 'run' / 'config.json').write_text(json.dumps(config))
     assert list(compare_table([tmp_path / 'run']).top1)[1:] == [99.5]
     assert len(compare_table([tmp_path / 'run'], {})) == 1
@@ -582,9 +591,9 @@ def test_the_run_notebook(weights, examined, tmp_path):
         'evaluate',
         tmp_path,
         weights=weights,
-        ema=True,
+        use_ema=True,
         metric='published',
-        batch=48,
+        batch_size=48,
         processes=2,
         workers=1,
     )
@@ -626,7 +635,7 @@ def test_a_slip_stops_the_run_notebook(tmp_path):
         (dict(metric='publised'), "did you mean 'published'"),
         (dict(weights=None), 'weights=None: name the checkpoint'),
         (dict(split='val', dataset='rcdb'), "no split 'val'"),
-        (dict(batch=1.5), 'batch=1.5 should be of type int'),
+        (dict(batch_size=1.5), 'batch_size=1.5 should be of type int'),
     ],
 )
 def test_slips_are_recorded_before_anything_is_asked(given, words, weights, tmp_path):

@@ -20,7 +20,7 @@ from fdsl_nb.app.explore import (
     cut_into_patches,
     explore,
     explore_pair,
-    knob_draws,
+    knob_samples,
     knob_values,
     network_views,
     png_bytes,
@@ -259,7 +259,7 @@ def test_every_knob_can_be_tried(name):
 
 def test_the_same_draws_for_each_value():
     same = formula('rcdb', size=64)
-    first, second = knob_draws([(1, same), (2, same)], 'ink', 5)
+    first, second = knob_samples([(1, same), (2, same)], 'ink', 5)
     assert np.array_equal(first, second) and len(set(first)) > 1
     assert (
         len(show_knob('fractaldb', dict(size=64, points=2000), 'draw_type', 'detail', 2).axes) == 10

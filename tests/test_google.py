@@ -12,11 +12,11 @@ GOLDEN = Path(__file__).parent / 'golden'
 SIZES = dict(depth=2, width=32, heads=4, hidden=48, patch=8, tokens=17)
 
 
-def vit(image_size=32, classes=5, name='ViT-B_16', **changed):
+def vit(img_size=32, classes=5, name='ViT-B_16', **changed):
     return create_model(
         name,
         classes,
-        image_size,
+        img_size,
         seed=1,
         **dict(patch_size=8, embed_dim=32, depth=2, num_heads=4, mlp_ratio=1.5) | changed,
     )
@@ -85,7 +85,7 @@ def test_equal_to_timm(file, size):
 
 @pytest.mark.parametrize('idle_axes', [False, True])
 def test_hybrid_is_equal_to_timm(tmp_path, idle_axes):
-    changed = dict(name='R50-ViT-B_16', patch_size=1, image_size=64)
+    changed = dict(name='R50-ViT-B_16', patch_size=1, img_size=64)
     stored = arrays(hybrid=True, patch=1)
     if idle_axes:
         stored |= {k: v.reshape(1, 1, 1, 64) for k, v in stored.items() if k.startswith('gn_root')}
@@ -94,7 +94,7 @@ def test_hybrid_is_equal_to_timm(tmp_path, idle_axes):
     assert load_weights(ours, tmp_path / 'hybrid.npz', head='keep').loaded == len(ours.state_dict())
     theirs.load_pretrained(str(tmp_path / 'hybrid.npz'))
     assert equal(ours.state_dict(), theirs.state_dict())
-    larger = vit(**changed | dict(image_size=96))
+    larger = vit(**changed | dict(img_size=96))
     assert load_weights(larger, tmp_path / 'hybrid.npz', resize='bilinear').resized == (
         ('position embedding', (4, 4), (6, 6)),
     )

@@ -23,7 +23,7 @@ from fdsl_nb.formulas.formula import formula
 from fdsl_nb.build.parquet import export_parquet
 from fdsl_nb.data.shards import ArchiveDataset, BuiltDataset, encode
 from fdsl_nb.training.training import architecture_of
-from fdsl_nb.training.validation import examination
+from fdsl_nb.training.validation import evaluation_config
 from fdsl_nb.build.source import source_of
 from fdsl_nb.build.verify import repair, verify
 
@@ -408,10 +408,10 @@ def checkpoint(path, **args):
     known = (
         dict(
             model='deit_tiny_patch16_224',
-            image_size=32,
-            model_options=dict(patch_size=8, embed_dim=32, depth=1, num_heads=2),
+            img_size=32,
+            model_kwargs=dict(patch_size=8, embed_dim=32, depth=1, num_heads=2),
             dataset='digits',
-            data='',
+            data_dir='',
             knobs={},
         )
         | args
@@ -435,13 +435,13 @@ def checkpoint(path, **args):
         dict(dataset='bomb_beside:Bomb'),
         dict(dataset='http://127.0.0.1:9/x.tar'),
         dict(dataset=['digits']),
-        dict(dataset='coyo', data='pipe:touch exploded'),
+        dict(dataset='coyo', data_dir='pipe:touch exploded'),
         dict(dataset='coyo', knobs=dict(shards='pipe:touch exploded')),
         dict(model='hf-hub:nobody/nothing'),
         dict(model='local-dir:x'),
-        dict(model_options=dict(checkpoint_path='evil.pth')),
-        dict(model_options=dict(pretrained=True, pretrained_cfg=dict(file='evil.pth'))),
-        dict(model_options='x'),
+        dict(model_kwargs=dict(checkpoint_path='evil.pth')),
+        dict(model_kwargs=dict(pretrained=True, pretrained_cfg=dict(file='evil.pth'))),
+        dict(model_kwargs='x'),
         dict(knobs='x'),
     ],
     ids=str,
@@ -449,15 +449,15 @@ def checkpoint(path, **args):
 def test_a_checkpoint_names_plain_things_only(args, tmp_path, bomb):
     path = checkpoint(tmp_path / 'last.pth.tar', **args)
     with pytest.raises(ValueError, match='last.pth.tar'):
-        examination(dict(weights=path))
-    if {'model', 'model_options'} & set(args):
+        evaluation_config(dict(weights=path))
+    if {'model', 'model_kwargs'} & set(args):
         with pytest.raises(ValueError, match='last.pth.tar'):
             architecture_of(path)
 
 
 def test_what_somebody_types_counts(tmp_path, bomb):
     path = checkpoint(tmp_path / 'last.pth.tar', dataset='bomb_beside:Bomb')
-    assert examination(dict(weights=path, dataset='digits'))['dataset'].value == 'digits'
+    assert evaluation_config(dict(weights=path, dataset='digits'))['dataset'].value == 'digits'
 
 
 @pytest.mark.parametrize(
@@ -514,7 +514,7 @@ def test_restart_sets_aside_what_the_run_wrote(tmp_path):
 
 
 def test_a_run_does_not_replace_what_it_reads(tmp_path):
-    go(tmp_path / 'run', lr=1e-3, best_by='loss')
+    go(tmp_path / 'run', lr=1e-3, eval_metric='loss')
     before = {name: (tmp_path / 'run' / name).read_bytes() for name in names(tmp_path / 'run')}
     for weights in ('last.pth.tar', 'model_best.pth.tar'):
         given = dict(weights=str(tmp_path / 'run' / weights), stage='finetune', lr=2e-3)
@@ -558,7 +558,7 @@ def test_a_list_of_files_leads_nowhere_else(tmp_path, victim):
 
 
 def test_history_removes_the_runs_own_checkpoints_only(tmp_path):
-    go(tmp_path / 'run', epochs=3, history=1, pause=1)
+    go(tmp_path / 'run', epochs=3, checkpoint_hist=1, pause=1)
     (tmp_path / 'run' / 'checkpoint-9.pth.tar').write_text('mine')
     from fdsl_nb.core.folder import RunFolder, noted_files
     from fdsl_nb.training.saving import trim

@@ -34,8 +34,8 @@ SMALL = dict(
     dataset='rcdb',
     classes=4,
     instances=40,
-    epoch_images=160,
-    batch=16,
+    samples_per_epoch=160,
+    batch_size=16,
     epochs=1,
     warmup_epochs=0,
     mixup=0.5,
@@ -388,8 +388,8 @@ NAMES = {
 def on_host(n, launcher, words):
     "The command that starts the only rank of host `n`."
     if launcher != 'torchrun':
-        rank, world, local = NAMES[launcher]
-        return ['env', f'{rank}={n}', f'{world}=2', f'{local}=0', sys.executable, *words]
+        rank, world_size, local = NAMES[launcher]
+        return ['env', f'{rank}={n}', f'{world_size}=2', f'{local}=0', sys.executable, *words]
     place = '--master-addr 10.77.0.1 --master-port 29612'.split()
     torchrun = [sys.executable, '-m', 'torch.distributed.run']
     return [*torchrun, '--nnodes', 2, '--node-rank', n, *place, *words]

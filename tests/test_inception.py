@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from fdsl_nb.data.loading import Augmented, Draw
+from fdsl_nb.data.loading import AugmentedDataset, SampleIndex
 from fdsl_nb.data.inception import (
     CentreView,
     InceptionView,
@@ -124,10 +124,10 @@ def test_any_mode_of_picture(view):
 
 
 def test_chance_of_a_view_is_its_address():
-    images = Augmented([(FLOWER, 0)] * 4, InceptionView(16), seed=2)
-    a, b = images[Draw(1, 3)][0], images[Draw(1, 2)][0]
+    images = AugmentedDataset([(FLOWER, 0)] * 4, InceptionView(16), seed=2)
+    a, b = images[SampleIndex(1, 3)][0], images[SampleIndex(1, 2)][0]
     torch.rand(5)
-    assert torch.equal(images[Draw(1, 3)][0], a) and not torch.equal(a, b)
+    assert torch.equal(images[SampleIndex(1, 3)][0], a) and not torch.equal(a, b)
     flips = [
         torch.equal(
             InceptionView(16, area=(1.0, 1.0), ratio=(1.5, 1.5), hflip=h, generator=seeded())(

@@ -12,12 +12,12 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-from fdsl_nb.training.distributed import join, launch, rank, world
+from fdsl_nb.training.distributed import join, launch, get_rank, get_world_size
 from fdsl_nb.training.multilabel import (
     MultiLabelCounter,
     MultiLabelLoss,
     drawer,
-    drawer_auc,
+    bucket_auc,
     label_ranks,
     ranked,
 )
@@ -154,7 +154,7 @@ def test_drawers_are_those_of_two_hundred_thresholds():
             for kind in (False, True)
         ]
     )
-    assert drawer_auc(counts)[0] == pytest.approx(expected, abs=1e-12)
+    assert bucket_auc(counts)[0] == pytest.approx(expected, abs=1e-12)
 
 
 def test_figures_equal_scikit_learns():
@@ -206,7 +206,7 @@ def share(config):
     "This process's part of the answers, counted; every third process gets none of the last images."
     with join():
         logits, targets = some_answers(config['images'])
-        own = slice(rank(), None, world())
+        own = slice(get_rank(), None, get_world_size())
         e = counted(logits[own], targets[own], config['batch'], classes=300)
         found = {name: getattr(e, name).tolist() for name in COUNTS}
         return json.loads(json.dumps(found | {'figures': e.figures()}))

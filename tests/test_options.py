@@ -42,7 +42,7 @@ from training_helpers import (
 pytestmark = pytest.mark.long
 
 # 797 images, and splits to evaluate on
-DIGITS = dict(dataset='digits', knobs={}, batch=160, epochs=1)
+DIGITS = dict(dataset='digits', knobs={}, batch_size=160, epochs=1)
 
 
 def weights(folder, name='last.pth.tar', entry='state_dict'):
@@ -86,14 +86,14 @@ BY_STEP = dict(sched='cosine', epochs=6, sched_on_updates=True)
 BY_EPOCH = dict(sched='cosine', epochs=6)
 SCHEDULES = {  # timm's flags, our options
     'cosine': (BY_STEP, dict()),
-    'tanh': (dict(sched='tanh', epochs=6), dict(schedule='tanh', per_step=False)),
+    'tanh': (dict(sched='tanh', epochs=6), dict(sched='tanh', sched_on_updates=False)),
     'step': (
         dict(sched='step', epochs=6, decay_epochs=2, decay_rate=0.3),
-        dict(schedule='step', decay_epochs=2, decay_rate=0.3, per_step=False),
+        dict(sched='step', decay_epochs=2, decay_rate=0.3, sched_on_updates=False),
     ),
     'warm-up': (
         BY_EPOCH | dict(warmup_epochs=2, warmup_lr=1e-5),
-        dict(warmup_epochs=2, warmup_lr=1e-5, per_step=False),
+        dict(warmup_epochs=2, warmup_lr=1e-5, sched_on_updates=False),
     ),
     'warm-up in steps': (
         BY_STEP | dict(warmup_epochs=1.5, warmup_lr=1e-5),
@@ -101,19 +101,19 @@ SCHEDULES = {  # timm's flags, our options
     ),
     'noise': (
         BY_STEP | dict(lr_noise=[0.3, 0.9], lr_noise_pct=0.4, lr_noise_std=0.5),
-        dict(noise=(0.3, 0.9), noise_pct=0.4, noise_std=0.5),
+        dict(lr_noise=(0.3, 0.9), lr_noise_pct=0.4, lr_noise_std=0.5),
     ),
     'cycles': (
         BY_EPOCH | dict(epochs=3, lr_cycle_limit=2, lr_cycle_decay=0.5),
-        dict(cycle_limit=2, per_step=False),
+        dict(lr_cycle_limit=2, sched_on_updates=False),
     ),
     'longer cycles': (
         BY_STEP | dict(epochs=2, lr_cycle_limit=2, lr_cycle_mul=2.0, lr_cycle_decay=0.4),
-        dict(cycle_limit=2, cycle_mul=2.0, cycle_decay=0.4),
+        dict(lr_cycle_limit=2, lr_cycle_mul=2.0, lr_cycle_decay=0.4),
     ),
     'cooldown': (
         BY_EPOCH | dict(epochs=4, cooldown_epochs=2),
-        dict(cooldown_epochs=2, per_step=False),
+        dict(cooldown_epochs=2, sched_on_updates=False),
     ),
 }
 
@@ -128,11 +128,11 @@ def test_a_schedule_is_timms(flags, options, tmp_path):
     assert noted == pytest.approx(watch.rates[1::2], rel=1e-9)
 
 
-PLATEAU = dict(schedule='plateau', patience=1, decay_rate=0.5, min_lr=0.0, epochs=8)
+PLATEAU = dict(sched='plateau', patience_epochs=1, decay_rate=0.5, min_lr=0.0, epochs=8)
 
 
 def test_a_plateau_falls_when_the_loss_stays(tmp_path):
-    _, watch, _ = trained(tmp_path, lr=1e-6, optimizer='sgd', best_by='loss', **PLATEAU)
+    _, watch, _ = trained(tmp_path, lr=1e-6, opt='sgd', eval_metric='loss', **PLATEAU)
     expected = [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.125]
     assert [r / 1e-6 for r in watch.rates[::2]] == pytest.approx(expected)
 
@@ -140,17 +140,17 @@ def test_a_plateau_falls_when_the_loss_stays(tmp_path):
 def test_a_plateau_goes_on_across_pauses(tmp_path):
     options = PLATEAU | dict(
         lr=3e-2,
-        optimizer='sgd',
-        best_by='loss',
-        noise=(0.5, 1.0),
-        noise_pct=0.3,
+        opt='sgd',
+        eval_metric='loss',
+        lr_noise=(0.5, 1.0),
+        lr_noise_pct=0.3,
         warmup_epochs=2,
         decay_rate=0.3,
     )
     _, watch, _ = trained(tmp_path / 'whole', **options)
     rates = []
     for _ in range(8):
-        _, session, result = trained(tmp_path / 'paused', pause=1, recovery=1, **options)
+        _, session, result = trained(tmp_path / 'paused', pause=1, recovery_interval=1, **options)
         rates += session.rates
     assert not result['paused'] and rates == watch.rates
     assert distance(weights(tmp_path / 'paused'), weights(tmp_path / 'whole')) == 0
@@ -186,12 +186,12 @@ def test_a_plateau_is_timms_for_losses_and_for_accuracies():
 def moved(folder, **given):
     "What one step of plain SGD adds to each tensor at a rate of 1: the gradient as limited."
     options = dict(
-        optimizer='momentum',
+        opt='momentum',
         momentum=0.0,
         weight_decay=0.0,
         lr=1.0,
-        schedule='constant',
-        batch=32,
+        sched='constant',
+        batch_size=32,
         epochs=1,
     )
     trained(folder, **options | given)
@@ -206,11 +206,11 @@ def norm(tensors):
 def test_the_gradient_is_limited(tmp_path):
     free = moved(tmp_path / 'free')
     assert norm(free) > 0.1
-    by_norm = moved(tmp_path / 'norm', clip=0.05)
+    by_norm = moved(tmp_path / 'norm', clip_grad=0.05)
     assert norm(by_norm) == pytest.approx(0.05, rel=1e-3)
-    by_value = moved(tmp_path / 'value', clip=1e-3, clip_mode='value')
+    by_value = moved(tmp_path / 'value', clip_grad=1e-3, clip_mode='value')
     assert max(t.abs().max().item() for t in by_value.values()) == pytest.approx(1e-3, rel=1e-2)
-    adaptive, before = moved(tmp_path / 'agc', clip=1e-3, clip_mode='agc'), first_weights()
+    adaptive, before = moved(tmp_path / 'agc', clip_grad=1e-3, clip_mode='agc'), first_weights()
     assert torch.allclose(adaptive['head.weight'], free['head.weight'], atol=1e-7)
 
     def rows(t):
@@ -228,7 +228,7 @@ def test_a_batch_in_parts_is_the_same_step(batch, parts):
     base = {k: v for k, v in BASE.items() if k in Recipe.__dataclass_fields__}
     got = []
     for accumulate in (1, parts):
-        how = dict(optimizer='sgd', epochs=1, batch=batch, accumulate=accumulate)
+        how = dict(opt='sgd', epochs=1, batch_size=batch, grad_accum_steps=accumulate)
         r = Recipe(**base | how)
         model = create_model(r.model, 4, 32, seed=0, **TINY)
         learn = fdsl_learner(model, r, InMemory(batches), classes=4)
@@ -254,7 +254,10 @@ def test_averaged_weights_are_measured_and_saved(dynamic, tmp_path):
             named = self.learn.model.named_parameters()
             self.trail.append({k: p.detach().clone() for k, p in named})
 
-    config, trail = values(tmp_path, **DIGITS | dict(ema=0.7, ema_dynamic=dynamic)), Trail()
+    config, trail = (
+        values(tmp_path, **DIGITS | dict(model_ema_decay=0.7, model_ema_warmup=dynamic)),
+        Trail(),
+    )
     with watching(trail):
         train(config)
     start = make_model(config, 10)[0].state_dict()
@@ -267,7 +270,7 @@ def test_averaged_weights_are_measured_and_saved(dynamic, tmp_path):
     saved = weights(tmp_path, entry='state_dict_ema')
     assert distance(by_hand, saved) < 1e-6 and distance(by_hand, weights(tmp_path)) > 1e-5
     model = create_model(BASE['model'], 10, 32, **TINY)
-    loaded = load_weights(model, tmp_path / 'last.pth.tar', ema=True)
+    loaded = load_weights(model, tmp_path / 'last.pth.tar', use_ema=True)
     assert loaded.head == 'kept, 10 classes' and distance(model.state_dict(), saved) == 0
     transform = eval_transform(read_recipe(config))
     found = evaluate(model, eval_loader(open_dataset('digits', 'val'), transform, 256), 10)
@@ -276,7 +279,7 @@ def test_averaged_weights_are_measured_and_saved(dynamic, tmp_path):
 
 def test_every_loss_trains(tmp_path):
     first = {}
-    views = dict(aug_splits=3, auto_augment='augmix-m3-w3', smoothing=0.1)
+    views = dict(aug_splits=3, aa='augmix-m3-w3', smoothing=0.1)
     for loss, more in dict(softmax={}, bce={}, jsd=views).items():
         given = dict(knobs=DRAWN | dict(instances=4), epochs=40, loss=loss, lr=3e-3)
         _, watch, _ = trained(tmp_path / loss, **given | more)
@@ -295,7 +298,7 @@ def shares(watch):
 
 @pytest.mark.parametrize('mode', ('batch', 'pair', 'elem', 'reversed'))
 def test_the_mode_of_mixing(mode, tmp_path):
-    _, watch, _ = trained(tmp_path, mixup=1.0, mix_mode=mode, epochs=3)
+    _, watch, _ = trained(tmp_path, mixup=1.0, mixup_mode=mode, epochs=3)
     for labels in watch.labels:
         assert labels.shape == (16, 4) and torch.allclose(labels.sum(1), torch.ones(16))
         mixed = labels[(labels > 0).sum(1) == 2]
@@ -306,7 +309,9 @@ def test_the_mode_of_mixing(mode, tmp_path):
 
 
 def test_mixing_ends_where_it_should(tmp_path):
-    _, watch, _ = trained(tmp_path, mixup=1.0, cutmix=1.0, smoothing=0.1, mix_off_epoch=2, epochs=3)
+    _, watch, _ = trained(
+        tmp_path, mixup=1.0, cutmix=1.0, smoothing=0.1, mixup_off_epoch=2, epochs=3
+    )
     most = [labels.max(1).values.min().item() for labels in watch.labels]
     assert max(most[:4]) < 0.92 and most[4:] == pytest.approx([0.925] * 2)
 
@@ -322,14 +327,18 @@ def test_frozen_weights_stay(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'options', (dict(channels_last=True), dict(compile='aot_eager')), ids=lambda o: next(iter(o))
+    'options',
+    (dict(channels_last=True), dict(torchcompile='aot_eager')),
+    ids=lambda o: next(iter(o)),
 )
 def test_the_same_numbers_computed_otherwise(options, tmp_path):
-    trained(tmp_path / 'plain', optimizer='sgd', **DIGITS)
-    learn, _, result = trained(tmp_path / 'other', optimizer='sgd', **DIGITS, **options)
+    trained(tmp_path / 'plain', opt='sgd', **DIGITS)
+    learn, _, result = trained(tmp_path / 'other', opt='sgd', **DIGITS, **options)
     assert weights(tmp_path / 'plain').keys() == weights(tmp_path / 'other').keys()
     assert distance(weights(tmp_path / 'plain'), weights(tmp_path / 'other')) < 1e-6
-    assert result['images'] == 800 and hasattr(learn.model, '_orig_mod') == ('compile' in options)
+    assert result['images'] == 800 and hasattr(learn.model, '_orig_mod') == (
+        'torchcompile' in options
+    )
 
 
 def test_lower_precision(tmp_path):
@@ -353,7 +362,12 @@ SMALL = dict(
 @pytest.mark.parametrize('name', SMALL)
 def test_every_published_architecture_trains_and_goes_on(name, tmp_path):
     given = dict(
-        model=name, model_options=SMALL[name], drop_path=0.1, clip=1.0, clip_mode='agc', export=True
+        model=name,
+        model_kwargs=SMALL[name],
+        drop_path=0.1,
+        clip_grad=1.0,
+        clip_mode='agc',
+        export=True,
     )
     learn, watch, _ = trained(tmp_path / 'whole', **given)
     assert all(map(math.isfinite, watch.losses))
@@ -370,7 +384,15 @@ def test_every_published_architecture_trains_and_goes_on(name, tmp_path):
 
 
 def test_the_best_of_the_history_stays(tmp_path):
-    trained(tmp_path, epochs=7, history=2, hold=3, best_by='loss', lr=3e-2, optimizer='sgd')
+    trained(
+        tmp_path,
+        epochs=7,
+        checkpoint_hist=2,
+        interval_saved_epochs=3,
+        eval_metric='loss',
+        lr=3e-2,
+        opt='sgd',
+    )
     losses = [row['train_loss'] for row in read_summary(RunFolder(tmp_path))]
     best = sorted(range(7), key=losses.__getitem__)[:2]
     held = {'held-checkpoint-2.pth.tar', 'held-checkpoint-5.pth.tar'}
@@ -387,13 +409,13 @@ def test_the_best_of_the_history_stays(tmp_path):
 def test_a_pause_changes_nothing(tmp_path):
     given = dict(
         epochs=3,
-        ema=0.9,
+        model_ema_decay=0.9,
         mixup=0.5,
         drop_path=0.1,
-        model_options=TINY | dict(depth=2),
-        save_inputs=True,
+        model_kwargs=TINY | dict(depth=2),
+        save_images=True,
         export=True,
-        recovery=1,
+        recovery_interval=1,
     )
     run_training(resolved(values(tmp_path / 'whole', **given)))
     for state in ('paused', 'paused', 'done'):
@@ -409,17 +431,19 @@ def test_a_pause_changes_nothing(tmp_path):
 
 def test_the_best_or_the_last_is_exported(tmp_path):
     given = DIGITS | dict(epochs=3, lr=1e-2, export=True)
-    transform = eval_transform(Recipe(**{k: BASE[k] for k in ('image_size', 'scale', 'ratio')}))
-    for best_by in ('top1', 'top1_test', 'last'):
-        _, _, result = trained(tmp_path / best_by, best_by=best_by, **given)
-        rows = read_summary(RunFolder(tmp_path / best_by))
-        exported = timm.create_model(f'local-dir:{tmp_path / best_by / "model"}', pretrained=True)
+    transform = eval_transform(Recipe(**{k: BASE[k] for k in ('img_size', 'scale', 'ratio')}))
+    for eval_metric in ('top1', 'top1_test', 'last'):
+        _, _, result = trained(tmp_path / eval_metric, eval_metric=eval_metric, **given)
+        rows = read_summary(RunFolder(tmp_path / eval_metric))
+        exported = timm.create_model(
+            f'local-dir:{tmp_path / eval_metric / "model"}', pretrained=True
+        )
         test = eval_loader(open_dataset('digits', 'test'), transform, 256)
         assert evaluate(exported, test, 10).correct == result['correct']
-        if best_by == 'top1_test':
+        if eval_metric == 'top1_test':
             assert result['top1'] == pytest.approx(max(row['eval_top1'] for row in rows))
-        if best_by == 'last':
-            assert not (tmp_path / best_by / 'model_best.pth.tar').exists()
+        if eval_metric == 'last':
+            assert not (tmp_path / eval_metric / 'model_best.pth.tar').exists()
     val, test = (
         read_summary(RunFolder(tmp_path / b))[0]['eval_top1'] for b in ('top1', 'top1_test')
     )
@@ -429,16 +453,16 @@ def test_the_best_or_the_last_is_exported(tmp_path):
 
 
 def test_images_held_out_choose(tmp_path):
-    config = dict(BASE, hold_out=0.25)
+    config = dict(BASE, valid_pct=0.25)
     splits = open_splits(config)
     assert (len(splits['train']), len(splits['val'])) == (24, 8)
-    _, _, result = trained(tmp_path, hold_out=0.25, batch=8, best_by='top1')
+    _, _, result = trained(tmp_path, valid_pct=0.25, batch_size=8, eval_metric='top1')
     assert (result['split'], result['images']) == ('val', 8)
     assert 'eval_top1' in read_summary(RunFolder(tmp_path))[0]
 
 
 def test_a_zero_head(tmp_path):
-    trained(tmp_path / 'first', knobs=BASE['knobs'] | dict(classes=3), batch=8)
+    trained(tmp_path / 'first', knobs=BASE['knobs'] | dict(classes=3), batch_size=8)
     given = dict(weights=str(tmp_path / 'first' / 'last.pth.tar'), head='zero')
     _, watch, _ = trained(tmp_path / 'second', **given)
     assert watch.losses[0] == pytest.approx(math.log(4), abs=1e-6)
@@ -452,7 +476,13 @@ def test_a_zero_head(tmp_path):
 
 @pytest.mark.process
 def test_batch_norm_is_the_same_in_every_process(tmp_path):
-    given = dict(model='resnet18', model_options=SMALL['resnet18'], ema=0.9, recovery=1, epochs=3)
+    given = dict(
+        model='resnet18',
+        model_kwargs=SMALL['resnet18'],
+        model_ema_decay=0.9,
+        recovery_interval=1,
+        epochs=3,
+    )
     run_ranks(values(tmp_path, **given), 2, (Statistics, (tmp_path,)))
     files = (tmp_path / f'statistics-{rank}.pt' for rank in range(2))
     one, other = (torch.load(file, weights_only=True) for file in files)

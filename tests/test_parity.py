@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from fdsl_nb.data.augment import train_transform
-from fdsl_nb.data.loading import EpochBatches, FormulaDataset, train_loader
+from fdsl_nb.data.loading import EpochBatchSampler, FormulaDataset, train_loader
 from fdsl_nb.data.datasets import open_dataset
 from fdsl_nb.formulas.formula import formula
-from fdsl_nb.training.learner import EveryStep, fdsl_learner
+from fdsl_nb.training.learner import LRScheduler, fdsl_learner
 from fdsl_nb.models.models import create_model
 from fdsl_nb.training.optimise import CLOSED_FORMS, make_optimizer
 from fdsl_nb.training.recipes import FINETUNE, PRETRAIN, recipe
@@ -39,7 +39,7 @@ AS_PUBLISHED = dict(
         warmup_epochs=5,
         warmup_lr=1e-4,
         min_lr=1e-5,
-        per_step=True,
+        sched_on_updates=True,
     ),
     visualatom1k_vit_tiny=dict(
         opt='adamw',
@@ -49,7 +49,7 @@ AS_PUBLISHED = dict(
         warmup_steps=5000,
         warmup_lr=1e-6,
         min_lr=1e-5,
-        per_step=True,
+        sched_on_updates=True,
     ),
     ofdb2d1k_vit_tiny=dict(
         opt='adamw',
@@ -59,7 +59,7 @@ AS_PUBLISHED = dict(
         warmup_epochs=5,
         warmup_lr=1e-6 * 256 / 512,
         min_lr=1e-5 * 256 / 512,
-        per_step=False,
+        sched_on_updates=False,
     ),
     finetune_cvpr2023=dict(
         opt='sgd',
@@ -69,7 +69,7 @@ AS_PUBLISHED = dict(
         warmup_epochs=10,
         warmup_lr=1e-6 * 768 / 512,
         min_lr=1e-5 * 768 / 512,
-        per_step=False,
+        sched_on_updates=False,
     ),
 )
 MIXED = dict(
@@ -100,7 +100,7 @@ def timm_schedule(optimizer, p, epochs, steps):
         warmup_epochs=p['warmup_epochs'],
         warmup_lr=p['warmup_lr'],
         min_lr=p['min_lr'],
-        step_on_epochs=not p['per_step'],
+        step_on_epochs=not p['sched_on_updates'],
         updates_per_epoch=steps,
     )[0]
 
@@ -115,7 +115,7 @@ def plain_loop(model, epochs, p, classes, ema):
     average = ModelEmaV3(model, decay=ema)
     losses, rates, done = [], [], 0
     model.train()
-    if p['per_step']:
+    if p['sched_on_updates']:
         schedule.step_update(0)
     else:
         schedule.step(0)
@@ -143,23 +143,25 @@ def test_thirty_steps_are_timms(name):
     p = shortened(AS_PUBLISHED[name])
     r = replace(
         recipe(name, 'finetune' if name.startswith('finetune') else 'pretrain'),
-        image_size=32,
-        batch=16,
+        img_size=32,
+        batch_size=16,
         epochs=10,
-        model_options=TINY | dict(depth=2),
+        model_kwargs=TINY | dict(depth=2),
         precision='float32',
-        ema=0.9,
+        model_ema_decay=0.9,
         **{k: v for k, v in p.items() if k in ('warmup_steps', 'warmup_epochs')},
     )
     data = open_dataset('visualatom', classes=4, instances=12, size=96, lines_max=20)
 
     def loader():
         return train_loader(
-            data, train_transform(r), EpochBatches(len(data), r.batch, repeats=r.repeats)
+            data,
+            train_transform(r),
+            EpochBatchSampler(len(data), r.batch_size, repeats=r.aug_repeats),
         )
 
     def fresh():
-        return create_model(r.model, 4, 32, seed=0, drop_path_rate=r.drop_path, **r.model_options)
+        return create_model(r.model, 4, 32, seed=0, drop_path_rate=r.drop_path, **r.model_kwargs)
 
     ours, watch = fresh(), Watch()
     learn = fdsl_learner(ours, r, loader(), classes=4, cbs=[watch])
@@ -209,7 +211,8 @@ FLAGS = (
     (('ofdb', 'onepfrac'), AS_PUBLISHED['ofdb2d1k_vit_tiny']),
     (
         ('fractaldb1k',),
-        _CVPR2022 | dict(lr=3e-4 * 64 / 512, warmup_epochs=10, warmup_lr=1e-6, per_step=False),
+        _CVPR2022
+        | dict(lr=3e-4 * 64 / 512, warmup_epochs=10, warmup_lr=1e-6, sched_on_updates=False),
     ),
     (('finetune_cvpr2022',), _CVPR2022),
     (('finetune_cvpr2023',), AS_PUBLISHED['finetune_cvpr2023']),
@@ -220,17 +223,25 @@ FLAGS = (
     ),
     (('rcdb', 'exfractaldb', 'mvfractaldb'), _CVPR2022),
 )
-OF_THE_RATE = 'lr', 'warmup_lr', 'min_lr', 'warmup_epochs', 'warmup_steps', 'per_step', 'epochs'
+OF_THE_RATE = (
+    'lr',
+    'warmup_lr',
+    'min_lr',
+    'warmup_epochs',
+    'warmup_steps',
+    'sched_on_updates',
+    'epochs',
+)
 
 
 def what_decides_the_rate(r):
     own = [getattr(r, name) for name in OF_THE_RATE]
-    return (*own, images_of(r) // r.batch, str(flags_of(r)))
+    return (*own, images_of(r) // r.batch_size, str(flags_of(r)))
 
 
 BY_TIMM = {}  # recipes that differ in nothing that concerns the rate are tested once
 for _r in [*PRETRAIN, *FINETUNE]:
-    if _r.schedule not in CLOSED_FORMS:
+    if _r.sched not in CLOSED_FORMS:
         BY_TIMM.setdefault(what_decides_the_rate(_r), _r)
 
 
@@ -246,7 +257,7 @@ def some_of(epochs, steps, every):
 
 
 def compare_rates(r, every):
-    epochs, steps = r.epochs, images_of(r) // r.batch
+    epochs, steps = r.epochs, images_of(r) // r.batch_size
     sampler = SimpleNamespace(steps=steps)
     learn = SimpleNamespace(
         training=True,
@@ -260,7 +271,7 @@ def compare_rates(r, every):
     )
     layer = nn.Linear(2, 2)
     learn.opt = SimpleNamespace(opt=make_optimizer(layer, r))
-    before = EveryStep(r, 0)
+    before = LRScheduler(r, 0)
     before.learn = learn
     before.before_fit()
     p = flags_of(r)

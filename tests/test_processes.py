@@ -30,8 +30,8 @@ from fdsl_nb.core.folder import RunFolder
 pytestmark = pytest.mark.process
 
 ON = dict(
-    auto_augment='rand-m9-mstd0.5-inc1',
-    erasing=0.5,
+    aa='rand-m9-mstd0.5-inc1',
+    reprob=0.5,
     hflip=0.5,
     scale=(0.3, 1.0),
     ratio=(3 / 4, 4 / 3),
@@ -39,9 +39,9 @@ ON = dict(
     cutmix=1.0,
     smoothing=0.1,
     drop_path=0.1,
-    ema=0.9,
-    repeats=3,
-    recovery=2,
+    model_ema_decay=0.9,
+    aug_repeats=3,
+    recovery_interval=2,
 )
 
 
@@ -54,15 +54,15 @@ def test_the_same_losses_on_any_number_of_processes(tmp_path):
     for processes in (1, 2, 4):
         folder = tmp_path / str(processes)
         given = dict(
-            optimizer='sgd',
+            opt='sgd',
             lr=0.05,
             epochs=10,
-            auto_augment='rand-m9-mstd0.5-inc1',
-            erasing=0.5,
+            aa='rand-m9-mstd0.5-inc1',
+            reprob=0.5,
             scale=(0.3, 1.0),
             warmup_epochs=2,
-            clip=1.0,
-            accumulate=2,
+            clip_grad=1.0,
+            grad_accum_steps=2,
         )
         run_ranks(values(folder, **given), processes, (Watch, (folder / 'losses.jsonl',)))
         found[processes] = losses(folder)
@@ -77,7 +77,7 @@ def test_every_image_once_and_augmented_alike(tmp_path):
         folder = tmp_path / f'{processes}-{workers}'
         # a class an image, so that its label is its number
         knobs = BASE['knobs'] | dict(classes=32, instances=1)
-        given = ON | dict(knobs=knobs, workers=workers, repeats=1)
+        given = ON | dict(knobs=knobs, workers=workers, aug_repeats=1)
         run_ranks(values(folder, **given), processes, (Seen, (folder,)))
         lines = [
             line for file in folder.glob('seen-*.jsonl') for line in file.read_text().splitlines()
@@ -100,12 +100,12 @@ def test_counts_are_exact_where_images_do_not_divide(tmp_path):
             folder,
             dataset='digits',
             knobs={},
-            batch=60,
+            batch_size=60,
             epochs=2,
-            optimizer='sgd',
+            opt='sgd',
             lr=0.05,
-            best_by='top1',
-            clip=1.0,
+            eval_metric='top1',
+            clip_grad=1.0,
         )
         run_ranks(config, processes)
         results[processes] = json.loads((folder / 'result.json').read_text())

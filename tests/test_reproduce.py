@@ -39,8 +39,8 @@ TINY = dict(
     finetune_recipe='finetune_cvpr2022',
     published_for='cifar10',
     scratch=True,
-    pretrain=dict(epochs=3, epoch_images=256, classes=4, batch=32),
-    finetune=dict(epochs=1, options=dict(best_by='top1')),
+    pretrain=dict(epochs=3, samples_per_epoch=256, classes=4, batch_size=32),
+    finetune=dict(epochs=1, options=dict(eval_metric='top1')),
 )
 
 
@@ -103,7 +103,7 @@ def test_an_experiment_killed_on_the_way_is_continued_to_the_whole_table(start, 
     # epochs enough that one is cut: the kernel ends some seconds after papermill is killed
     place, given = (
         tmp_path / 'whole',
-        TINY | dict(pretrain=TINY['pretrain'] | dict(epochs=16, epoch_images=128)),
+        TINY | dict(pretrain=TINY['pretrain'] | dict(epochs=16, samples_per_epoch=128)),
     )
     child = start(place, **given)
     first, broken = place / 'rcdb1k_deit_tiny', place / 'visualatom1k_vit_tiny' / 'pretrain-0'
@@ -160,7 +160,7 @@ def test_a_failing_step_ends_it_with_the_cause_and_the_same_command_goes_on(tmp_
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     given = FORM | dict(
         scratch=False,
-        pretrain=dict(epochs=1, epoch_images=128, batch=32, lr=1e30, warmup_epochs=0),
+        pretrain=dict(epochs=1, samples_per_epoch=128, batch_size=32, lr=1e30, warmup_epochs=0),
         finetune=dict(epochs=1),
         run=str(tmp_path),
     )
@@ -381,7 +381,9 @@ def test_a_table_without_a_published_number_has_no_such_column(tmp_path):
 def test_built_first_or_drawn_online_trains_to_the_same_accuracy(start, tmp_path):
     given = dict(
         scratch=False,
-        pretrain=dict(epochs=2, epoch_images=512, classes=4, instances=16, knobs=dict(drift=0.2)),
+        pretrain=dict(
+            epochs=2, samples_per_epoch=512, classes=4, instances=16, knobs=dict(drift=0.2)
+        ),
         finetune=dict(epochs=2),
     )
     for name, online in (('online', True), ('built', False)):

@@ -29,8 +29,8 @@ from fdsl_nb.core.folder import RunFolder, read_summary
 # Everything that has chance or memory in it: AdamW, averages, mixing, drop path, repeated images,
 # images held out, worker processes, recovery every few steps.
 ALL_ON = dict(
-    auto_augment='rand-m9-mstd0.5-inc1',
-    erasing=0.5,
+    aa='rand-m9-mstd0.5-inc1',
+    reprob=0.5,
     hflip=0.5,
     scale=(0.3, 1.0),
     ratio=(3 / 4, 4 / 3),
@@ -38,18 +38,18 @@ ALL_ON = dict(
     cutmix=1.0,
     smoothing=0.1,
     drop_path=0.1,
-    clip=1.0,
-    ema=0.9,
-    repeats=3,
-    hold_out=0.25,
-    best_by='top1',
+    clip_grad=1.0,
+    model_ema_decay=0.9,
+    aug_repeats=3,
+    valid_pct=0.25,
+    eval_metric='top1',
     warmup_epochs=1,
     workers=2,
     epochs=3,
-    batch=8,
-    history=2,
-    recovery=2,
-    model_options=BASE['model_options'] | dict(depth=2),
+    batch_size=8,
+    checkpoint_hist=2,
+    recovery_interval=2,
+    model_kwargs=BASE['model_kwargs'] | dict(depth=2),
 )
 # 48 of 64 images train: 6 steps an epoch, 18 in all
 IMAGES = VisualAtom(classes=4, instances=16, size=96, start_range=10, lines_max=20)
@@ -152,7 +152,7 @@ def test_kills_of_a_program_and_its_own_processes_change_nothing(processes, sour
 @pytest.mark.slow
 def test_another_number_of_processes_and_workers_may_go_on(sources, tmp_path):
     "Without mixing and drop path, whose chance belongs to a process, the losses agree."
-    still = dict(mixup=0.0, cutmix=0.0, drop_path=0.0, optimizer='sgd', lr=0.05)
+    still = dict(mixup=0.0, cutmix=0.0, drop_path=0.0, opt='sgd', lr=0.05)
     given = ALL_ON | sources['online'] | still
     run_ranks(values(tmp_path / 'whole', **given), 1)
     for processes, workers, cut in (
@@ -170,7 +170,7 @@ def test_another_number_of_processes_and_workers_may_go_on(sources, tmp_path):
 
 @pytest.mark.slow
 def test_the_statistics_of_batch_norm_go_on(sources, tmp_path):
-    network = dict(model='resnet18', model_options=dict(channels=(8, 16, 16, 32)), drop_path=0.0)
+    network = dict(model='resnet18', model_kwargs=dict(channels=(8, 16, 16, 32)), drop_path=0.0)
     given = ALL_ON | sources['online'] | network
     run_ranks(values(tmp_path / 'whole', **given), 2)
     run_cut(tmp_path / 'killed', given, 2, moments(3, 3))

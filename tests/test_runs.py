@@ -28,19 +28,19 @@ SMALL = dict(
     seed=3,
     classes=4,
     instances=160,
-    epoch_images=1280,
-    batch=32,
+    samples_per_epoch=1280,
+    batch_size=32,
     epochs=3,
     warmup_epochs=0,
     mixup=0.5,
     drop_path=0.1,
-    erasing=0.25,
+    reprob=0.25,
 )  # seconds; every kind of chance on
 
 
 @pytest.mark.process
 def test_what_is_given_counts_also_where_it_equals_the_default(tmp_path):
-    small = dict(classes=2, instances=8, batch=8, epochs=1, warmup_epochs=0)
+    small = dict(classes=2, instances=8, batch_size=8, epochs=1, warmup_epochs=0)
     done = papermill(
         'pretrain',
         tmp_path / 'run',

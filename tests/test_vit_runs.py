@@ -17,8 +17,8 @@ from fdsl_nb.training.training import make_model, read_recipe, run_training
 NPZ = Path(__file__).parent / 'golden' / 'google_vit_tiny.npz'
 MODEL = dict(
     model='vit_base_patch16_224',
-    image_size=64,
-    options=dict(model_options=dict(embed_dim=64, depth=2, num_heads=4, mlp_ratio=2.0)),
+    img_size=64,
+    options=dict(model_kwargs=dict(embed_dim=64, depth=2, num_heads=4, mlp_ratio=2.0)),
 )
 
 
@@ -39,7 +39,7 @@ def config(folder, pictures, **given):
     asked = dict(
         recipe='vitpytorch_cifar10_b16',
         dataset='cifar10',
-        data=str(pictures),
+        data_dir=str(pictures),
         weights=str(NPZ),
         wandb_mode='disabled',
         **MODEL,
@@ -48,8 +48,8 @@ def config(folder, pictures, **given):
 
 
 def test_the_published_recipe_in_steps_from_googles_weights(pictures, tmp_path):
-    options = MODEL['options'] | dict(steps=6, eval_every=2, warmup_steps=2)
-    asked = config(tmp_path, pictures, budget='paper', batch=16, options=options)
+    options = MODEL['options'] | dict(max_steps=6, eval_every=2, warmup_steps=2)
+    asked = config(tmp_path, pictures, budget='paper', batch_size=16, options=options)
     result = run_training(asked)
     rows = read_summary(RunFolder(tmp_path))
     assert [r['epoch'] for r in rows] == [0, 1, 2]
@@ -70,5 +70,5 @@ def test_a_run_starts_with_a_zeroed_head_and_the_published_dropout(pictures, tmp
 
 
 def test_a_budget_of_minutes_keeps_weights_and_data(pictures, tmp_path):
-    result = run_training(config(tmp_path, pictures, epochs=1, batch=16))
+    result = run_training(config(tmp_path, pictures, epochs=1, batch_size=16))
     assert result['images'] == 14

@@ -23,14 +23,14 @@ from helpers import free_port
 
 from fdsl_nb.training import training
 from fdsl_nb.formulas.contours import VisualAtom
-from fdsl_nb.training.distributed import rank, total
+from fdsl_nb.training.distributed import get_rank, total
 from fdsl_nb.core.settings import Resolved
 
 TINY = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2)
 STILL = dict(  # no chance but the order
-    auto_augment='',
+    aa='',
     color_jitter=0.0,
-    erasing=0.0,
+    reprob=0.0,
     scale=(1.0, 1.0),
     ratio=(1.0, 1.0),
     mixup=0.0,
@@ -44,13 +44,13 @@ SHORT = dict(
     dataset='visualatom',
     knobs=DRAWN,
     model='deit_tiny_patch16_224',
-    model_options=TINY,
-    image_size=32,
-    batch=16,
+    model_kwargs=TINY,
+    img_size=32,
+    batch_size=16,
     epochs=2,
     lr=1e-3,
     warmup_epochs=0,
-    best_by='last',
+    eval_metric='last',
     export=False,
     wandb_mode='disabled',
 )
@@ -88,7 +88,7 @@ class Watch(Callback):
         if self.file is None:
             return
         loss_sum, images = total(loss.new_tensor([float(loss) * n, n])).tolist()
-        if rank() == 0:
+        if get_rank() == 0:
             with open(self.file, 'a') as f:
                 f.write(json.dumps(dict(step=self.learn.steps_done, loss=loss_sum / images)) + '\n')
 
@@ -102,7 +102,7 @@ class Seen(Callback):
         self.folder = Path(folder)
 
     def before_batch(self):
-        with open(self.folder / f'seen-{rank()}.jsonl', 'a') as f:
+        with open(self.folder / f'seen-{get_rank()}.jsonl', 'a') as f:
             for x, y in zip(self.learn.xb[0], self.learn.yb[0]):
                 pixels = sha256(x.numpy().tobytes()).hexdigest()
                 f.write(json.dumps([self.learn.epoch, int(y), pixels]) + '\n')
@@ -118,7 +118,7 @@ class Slow(Callback):
 
     def after_batch(self):
         time.sleep(0.05)
-        if rank() == 0:
+        if get_rank() == 0:
             with open(self.file, 'a') as f:
                 f.write('step\n')
 
@@ -132,7 +132,7 @@ class PowerCut(Callback):
         self.step, self.when = step, when
 
     def cut(self, event):
-        if rank() or event != self.when or self.learn.steps_done != self.step:
+        if get_rank() or event != self.when or self.learn.steps_done != self.step:
             return
         root = psutil.Process(int(os.environ.get('PROGRAM') or os.getppid()))
         family = root.children(recursive=True) + [root] * ('PROGRAM' in os.environ)

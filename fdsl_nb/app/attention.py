@@ -17,7 +17,7 @@ from timm.utils import unwrap_model
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor
-from .explore import LiveOrStill, png_bytes, tiled
+from .explore import LiveOrStatic, png_bytes, tiled
 
 # %% ../../nbs/app/02_attention.ipynb #a6cf0ad8
 def _attention_layers(model):
@@ -205,7 +205,7 @@ def show_attention(
     return figure
 
 # %% ../../nbs/app/02_attention.ipynb #b6645463
-class AttentionExplorer(LiveOrStill):
+class AttentionExplorer(LiveOrStatic):
     "Sliders over images and layers; `attention` is what is shown."
 
     def __init__(

@@ -16,7 +16,7 @@ from ..core.settings import did_you_mean, machine_settings
 from ..core.folder import RunFolder
 from .compare import READ, Run, find_runs, read_run, run_row, short_names
 from .compare import compare_figure, compare_table, differences, png_of
-from .explore import LiveOrStill, someone_watches
+from .explore import LiveOrStatic, someone_watches
 
 # %% ../../nbs/app/07_browser.ipynb #8cb0813c
 def stamp(folder: Path) -> tuple:
@@ -307,7 +307,7 @@ class _Pages:
         self.which.value = before if before in names else next(iter(names), None)
 
 # %% ../../nbs/app/07_browser.ipynb #85baa50c
-class RunBrowser(_Table, _Pages, LiveOrStill):
+class RunBrowser(_Table, _Pages, LiveOrStatic):
     "A table of the runs under `root` and pages about the ticked ones; `chosen` are their paths."
 
     thread = None

@@ -55,7 +55,7 @@ def check_ranks(scheduler: str) -> bool:
     ranks = found_ranks()
     if ranks and scheduler != 'mpi':
         raise ValueError(
-            f"{ranks['launcher']} started {ranks['world']} processes, and "
+            f"{ranks['launcher']} started {ranks['world_size']} processes, and "
             f"scheduler={scheduler or None!r}; give scheduler='mpi', or start one process"
         )
     return bool(ranks and ranks['rank'])

@@ -51,8 +51,16 @@ def asked_for(arguments: list) -> dict:
 
 # %% ../../nbs/app/09_cli.ipynb #fe233196
 # those parameters that `training.FREE` names; it is not imported, since that would load torch
-_FREE = ('restart', 'pause', 'processes', 'workers', 'history', 'hold', 'recovery')
-_FREE += ('save_inputs', 'wandb_mode', 'wandb_group')
+_FREE = (
+    'restart',
+    'pause',
+    'processes',
+    'workers',
+    'checkpoint_hist',
+    'interval_saved_epochs',
+    'recovery_interval',
+)
+_FREE += ('save_images', 'wandb_mode', 'wandb_group')
 
 
 def folder_for(name: str, given: dict) -> Path:

@@ -188,7 +188,7 @@ def published_of(
     found = {}
     for c in configs:
         names = (c.get('dataset'), 'imagenet1k' if c.get('dataset') == 'imagenet' else None)
-        for name, number in (c.get('published') or {}).items():
+        for name, number in (c.get('reported') or {}).items():
             if name in names:
                 found[f"{c.get('name') or 'recipe'} as published"] = number
     return found
@@ -226,10 +226,10 @@ PLACES = (
     'workers',
     'processes',
     'export',
-    'save_inputs',
-    'history',
-    'hold',
-    'recovery',
+    'save_images',
+    'checkpoint_hist',
+    'interval_saved_epochs',
+    'recovery_interval',
     'pause',
     'wandb_mode',
     'wandb_entity',

@@ -22,7 +22,7 @@ from fdsl_nb.core.folder import (
     set_aside,
     set_status,
     set_stopped,
-    whole_file,
+    atomic_write,
     write_config,
 )
 from ..data.datasets import is_formula, open_dataset
@@ -126,7 +126,7 @@ def settings_of(step: Step) -> dict:  # name → value
 
 def weights_of(step: Step) -> str:
     "Where a training leaves its result, below the experiment's folder."
-    file = 'last' if settings_of(step)['best_by'] == 'last' else 'model_best'
+    file = 'last' if settings_of(step)['eval_metric'] == 'last' else 'model_best'
     return f'{step.name}/{file}.pth.tar'
 
 # %% ../../nbs/app/08_experiments.ipynb #20e69664
@@ -149,7 +149,7 @@ def finetune_steps(
     parameters = dict(seed=seed, scratch=False) | told
     takes = dict(weights=weights) if weights else {}
     tuned = Step(f'{start}/finetune-{seed}', 'finetune', parameters, takes)
-    averaged = dict(ema=True) if settings_of(tuned)['ema'] else {}
+    averaged = dict(use_ema=True) if settings_of(tuned)['model_ema_decay'] else {}
     evaluated = Step(
         f'{start}/evaluate-{seed}',
         'evaluate',
@@ -171,8 +171,8 @@ def told_to_scratch(r: Recipe, values: dict) -> dict:
     if 'model' in told:
         return told
     before = settings_of(pretrain_steps(r, values['seed'], values)[-1])
-    network = dict(model=before['model'], image_size=before['image_size'])
-    options = dict(model_options=before['model_options']) | told.get('options', {})
+    network = dict(model=before['model'], img_size=before['img_size'])
+    options = dict(model_kwargs=before['model_kwargs']) | told.get('options', {})
     return network | told | dict(options=options)
 
 # %% ../../nbs/app/08_experiments.ipynb #eedd48f0
@@ -209,13 +209,13 @@ def _scratch_steps(found, seeds, values):
 # %% ../../nbs/app/08_experiments.ipynb #1da634f0
 def published_beside(values: dict) -> dict:  # recipe → top-1, percent
     "The published numbers for an experiment's rows; `ValueError` for a data set of no paper."
-    known = sorted({k for r in PRETRAIN for k in r.published})
+    known = sorted({k for r in PRETRAIN for k in r.reported})
     folder = Path(values['finetune_data']).stem
     asked = values['published_for'] or ('imagenet1k' if folder == 'imagenet' else folder)
     if values['published_for'] and asked not in known:
         hint = did_you_mean(asked, known)
         raise ValueError(f'published_for={asked!r} is reported by no paper' + hint)
-    reported = {name: recipe(name).published for name in values['recipe']}
+    reported = {name: recipe(name).reported for name in values['recipe']}
     return {name: numbers[asked] for name, numbers in reported.items() if asked in numbers}
 
 # %% ../../nbs/app/08_experiments.ipynb #9c946a70
@@ -249,7 +249,7 @@ def write_step(e: Experiment, step: Step, state: str):
         parameters=step.parameters,
         takes=step.takes,
     )
-    with whole_file(e.place(step) / 'step.json', 'w') as f:
+    with atomic_write(e.place(step) / 'step.json', 'w') as f:
         json.dump(said, f, indent=1)
 
 
@@ -304,13 +304,13 @@ def planned(values: dict, folder: RunFolder, given: tuple = ()) -> Experiment:
     if ranks:
         raise ValueError(
             f"{ranks['launcher']} started several processes; "
-            f"start reproduce.ipynb once, with processes={ranks['world']}"
+            f"start reproduce.ipynb once, with processes={ranks['world_size']}"
         )
     e = Experiment(folder, values, plan_steps(values), given)
     for step in e.steps:
         check_parameters(step.notebook, step.parameters)
     published_beside(values)
-    open_dataset(values['finetune_data'], data=(values['finetune'] or {}).get('data') or '')
+    open_dataset(values['finetune_data'], data_dir=(values['finetune'] or {}).get('data_dir') or '')
     refuse_other_run(folder, {})
     if not values['restart']:
         refuse_other_steps(e)
@@ -458,7 +458,7 @@ def experiment_table(e: Experiment) -> pd.DataFrame:
         'table.md': as_markdown(table),
     }
     for name, text in files.items():
-        with whole_file(e.folder.output(name), 'w') as f:
+        with atomic_write(e.folder.output(name), 'w') as f:
             f.write(text)
     return table
 

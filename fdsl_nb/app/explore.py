@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SLIDER_ENDS', 'TYPED', 'VARIED', 'MEASURES', 'png_bytes', 'slider_range', 'changed', 'presets', 'as_command',
            'as_python', 'save_image', 'tiled', 'window', 'contact_sheet', 'network_views', 'cut_into_patches',
-           'knob_values', 'knob_draws', 'show_knob', 'control', 'meant', 'someone_watches', 'LiveOrStill', 'Explorer',
-           'explore', 'ExplorerPair', 'explore_pair']
+           'knob_values', 'knob_samples', 'show_knob', 'control', 'meant', 'someone_watches', 'LiveOrStatic',
+           'Explorer', 'explore', 'ExplorerPair', 'explore_pair']
 
 # %% ../../nbs/app/01_explore.ipynb #d0f9bd07
 import base64, html, io, math, shlex, time
@@ -280,7 +280,7 @@ def knob_values(
     return accepted
 
 # %% ../../nbs/app/01_explore.ipynb #d594869d
-def knob_draws(
+def knob_samples(
     tried: list,  # pairs (value, formula), as `knob_values` gives
     what: str = 'ink',  # ink, spread or detail
     draws: int = 64,  # images for each value
@@ -305,7 +305,7 @@ def show_knob(
 ):  # a matplotlib figure
     "For each value of a knob, an example and the histogram of a measure over many draws."
     tried = knob_values(name, settings, knob)
-    found = knob_draws(tried, what, draws)
+    found = knob_samples(tried, what, draws)
     bins = np.linspace(0, max(map(max, found)) or 1, 17)
     figure = Figure(figsize=(1.4 * len(tried), 2.6), layout='constrained')
     axes = figure.subplots(2, len(tried), squeeze=False, sharey='row')
@@ -371,7 +371,7 @@ def someone_watches() -> bool:
     return bool(kernel and kernel.get_parent('shell').get('content', {}).get('allow_stdin'))
 
 
-class LiveOrStill:
+class LiveOrStatic:
     "A widget or its picture. Subclasses set `widget` and define `still()`, which gives PNG bytes."
 
     def _repr_mimebundle_(self, include=None, exclude=None):
@@ -527,7 +527,7 @@ def _played(slider, count, steps=40):
     return slider.min + round(distance / slider.step) * slider.step
 
 # %% ../../nbs/app/01_explore.ipynb #4ce3d452
-class Explorer(_Controls, _Pages, LiveOrStill):
+class Explorer(_Controls, _Pages, LiveOrStatic):
     "Sliders for a family's knobs and the picture; state: `settings`, `cls` and `instance`."
 
     def __init__(
@@ -614,7 +614,7 @@ def explore(
     return Explorer(name, **settings)
 
 # %% ../../nbs/app/01_explore.ipynb #7113243a
-class ExplorerPair(LiveOrStill):
+class ExplorerPair(LiveOrStatic):
     "Two explorers, `left` and `right`, that show the same class number, as far as both have it."
 
     def __init__(self, left: Explorer, right: Explorer):

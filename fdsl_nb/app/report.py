@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'kept', 'show_samples', 'show_curves', 'draw_published', 'starts', 'run_starts', 'summarise', 'show_ends',
-           'show_starts', 'show_result', 'show_classes', 'show_answers', 'show_wrong']
+           'show_starts', 'show_result', 'show_classes', 'show_predictions', 'show_wrong']
 
 # %% ../../nbs/app/05_report.ipynb #f092da83
 from itertools import islice
@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from ..core.settings import Resolved
 from ..formulas.formula import show_grid
-from ..data.loading import Augmented, Draw
+from ..data.loading import AugmentedDataset, SampleIndex
 from ..data.augment import train_transform
 from ..training.distributed import found_ranks
 from .compare import published_of
 from ..training.evaluate import Evaluation, show_confusion, show_mistakes
 from ..core.folder import RunFolder, read_summary
 from ..training.training import open_splits, read_recipe, run_training
-from ..training.validation import open_examined, read_answers
+from ..training.validation import open_evaluation_data, read_predictions
 
 # %% ../../nbs/app/05_report.ipynb #3867d1f8
 def kept(figure, config: dict, name: str):
@@ -45,7 +45,7 @@ def _rows_of(data, classes, images):
 
 def _last_view(images, r):
     "The last of an image's views in a batch entry, converted back to pixels."
-    view = images.reshape(-1, 3, r.image_size, r.image_size)[-1]
+    view = images.reshape(-1, 3, r.img_size, r.img_size)[-1]
     pixels = view.permute(1, 2, 0).numpy() * r.std + r.mean
     return np.uint8(255 * pixels.clip(0, 1))
 
@@ -54,12 +54,12 @@ def show_samples(config: dict, classes: int = 3, images: int = 4):
     "Images of a few classes, left as they are, right as in epoch 0; saved as `samples.png`."
     values = {k: v.value for k, v in config.items()}
     data, r = open_splits(values)['train'], read_recipe(values)
-    seen = Augmented(data, train_transform(r), values['seed'], r.repeats)
+    seen = AugmentedDataset(data, train_transform(r), values['seed'], r.aug_repeats)
     titles, rows = [], []
     for title, numbers in _rows_of(data, classes, images):
         titles.append(title)
         plain = [np.array(data[i][0]) for i in numbers]
-        rows.append(plain + [_last_view(seen[Draw(0, i)][0], r) for i in numbers])
+        rows.append(plain + [_last_view(seen[SampleIndex(0, i)][0], r) for i in numbers])
     return kept(show_grid(rows, titles, 0.9), config, 'samples.png')
 
 # %% ../../nbs/app/05_report.ipynb #f6a10dfc
@@ -225,12 +225,12 @@ def show_classes(config: dict, rows: int = 10) -> pd.DataFrame | None:
     return table.set_index('class').head(rows).round(1)
 
 
-def show_answers(config: dict, result: dict):
+def show_predictions(config: dict, result: dict):
     "The confusion matrix, of up to 1,000 classes; saved as `confusion.png`."
     classes = result['classes']
     if show_classes(config) is None or len(classes) > 1000:
         return None
-    counts = read_answers(RunFolder(config['folder'].value)).counts(len(classes))
+    counts = read_predictions(RunFolder(config['folder'].value)).counts(len(classes))
     return kept(show_confusion(counts, classes), config, 'confusion.png')
 
 
@@ -238,6 +238,6 @@ def show_wrong(config: dict, result: dict):
     "A sample of the mistakes, the most confident first; saved as `mistakes.png`."
     if show_classes(config) is None:
         return None
-    _, data, *_ = open_examined({k: v.value for k, v in config.items()})
-    answers = read_answers(RunFolder(config['folder'].value))
+    _, data, *_ = open_evaluation_data({k: v.value for k, v in config.items()})
+    answers = read_predictions(RunFolder(config['folder'].value))
     return kept(show_mistakes(answers, data, result['classes']), config, 'mistakes.png')

@@ -19,7 +19,7 @@ from ..training.plan import Recipe
 from ..training.recipes import BUDGETS, recipe, resolve
 from ..training.distributed import found_ranks
 from ..training.training import RUN, architecture_of
-from ..training.validation import EXAMINED, examination, open_examined
+from ..training.validation import EVALUATION_DEFAULTS, evaluation_config, open_evaluation_data
 from .parameters import check_parameters, read_parameters
 
 # %% ../../nbs/app/04_runs.ipynb #d8270bf4
@@ -51,9 +51,9 @@ def unasked(
     "For the parameters that are never None: the value that a run uses if nothing is chosen."
     if notebook not in ('pretrain', 'finetune', 'evaluate'):
         return {p.name: p.default for p in read_parameters(notebook).values()}
-    of_itself = {name: RUN[name] for name in ('seed', 'restart', 'save_inputs')}
+    of_itself = {name: RUN[name] for name in ('seed', 'restart', 'save_images')}
     if notebook == 'evaluate':
-        return of_itself | {k: EXAMINED[k] for k in ('labels', 'metric', 'ema')}
+        return of_itself | {k: EVALUATION_DEFAULTS[k] for k in ('labels', 'metric', 'use_ema')}
     return of_itself | dict(dataset=recipe(None, notebook).dataset, budget=BUDGETS[0])
 
 # %% ../../nbs/app/04_runs.ipynb #8ad4651e
@@ -125,7 +125,7 @@ def options_of(notebook: str, given: dict) -> dict:
     known = {f.name: f.type for f in fields(Recipe)}
     for name, value in options.items():
         said = f'{notebook}: options: {name}={value!r}'
-        if name not in known or name in ('name', 'paper', 'cost', 'published', 'knobs'):
+        if name not in known or name in ('name', 'paper', 'cost', 'reported', 'knobs'):
             raise TypeError(f'{said} is no setting of a recipe' + did_you_mean(name, known))
         kinds = {tuple: (list, tuple), float: (float, int)}.get(known[name], known[name])
         if not isinstance(value, kinds) or isinstance(value, bool) != (known[name] is bool):
@@ -156,8 +156,8 @@ def what_is_trained(notebook: str, given: dict) -> dict:  # name → `Resolved`
     if given.get('weights') and 'model' not in given:
         architecture = architecture_of(given['weights'])
         config |= {k: Resolved(v, 'checkpoint') for k, v in architecture.items() if k not in given}
-    if 'model' in given and 'model_options' not in given:
-        config['model_options'] = Resolved({}, 'parameter model')
+    if 'model' in given and 'model_kwargs' not in given:
+        config['model_kwargs'] = Resolved({}, 'parameter model')
     return config
 
 # %% ../../nbs/app/04_runs.ipynb #b31406c4
@@ -173,7 +173,7 @@ def configuration(
     if notebook != 'evaluate':
         return what_is_trained(notebook, given) | machine | ends
     of_machine = {k: v for k, v in machine.items() if k in ('workers', 'processes', 'restart')}
-    return examination(given) | of_machine | ends
+    return evaluation_config(given) | of_machine | ends
 
 # %% ../../nbs/app/04_runs.ipynb #22b8b4c7
 def show_configuration(config: dict) -> pd.DataFrame:
@@ -191,9 +191,9 @@ def show_configuration(config: dict) -> pd.DataFrame:
 def _open_data(notebook, values):
     "Opens what the run will read, so that missing data is noticed now."
     if notebook == 'evaluate':
-        open_examined(values)
+        open_evaluation_data(values)
     else:
-        open_dataset(values['dataset'], data=values['data'], **values['knobs'])
+        open_dataset(values['dataset'], data_dir=values['data_dir'], **values['knobs'])
 
 
 def start_run(
@@ -221,4 +221,4 @@ def _set_old_run_aside(notebook, folder, values):
         return
     if notebook == 'evaluate' and read_config(folder).get('stage', notebook) != notebook:
         return
-    set_aside(folder, [values[k] for k in ('weights', 'dataset', 'data') if values[k]])
+    set_aside(folder, [values[k] for k in ('weights', 'dataset', 'data_dir') if values[k]])

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, features
 from torch.utils.data import Dataset
 from ..core.settings import did_you_mean, machine_settings
-from ..core.folder import inside, remove_drafts, whole_file
+from ..core.folder import inside, remove_partial_files, atomic_write
 from ..formulas.formula import Formula
 from ..data.shards import FORMATS, LAYOUTS, Plan, encode, read_manifest
 from .source import Source, as_source
@@ -102,14 +102,14 @@ def write_shard(job: Job, p: int) -> tuple:
     sha = hashlib.sha256()
     index = []
     size = 0
-    with whole_file(inside(job.out, name)) as f:
+    with atomic_write(inside(job.out, name)) as f:
         for piece, picture in shard_members(job, p):
             f.write(piece)
             sha.update(piece)
             if picture:
                 index.append((size + 512, picture))
             size += len(piece)
-    with whole_file(inside(job.out, f'index/{name[:-4]}.idx')) as f:
+    with atomic_write(inside(job.out, f'index/{name[:-4]}.idx')) as f:
         f.write(np.array(index, '<i8').tobytes())
     return name, len(index), size, sha.hexdigest()
 
@@ -224,11 +224,11 @@ BESIDE = ('manifest.json', 'manifest.csv', 'README.md', 'contact_sheet.png', 'pa
 def _clear_leftovers(job):
     parts = [PurePosixPath(job.plan.part(p)) for p in range(job.plan.parts)]
     on_top = {p.name for p in parts if len(p.parts) == 1}
-    remove_drafts(job.out, {*BESIDE, '.done.jsonl', *on_top})
+    remove_partial_files(job.out, {*BESIDE, '.done.jsonl', *on_top})
     if job.plan.layout == 'shards':
-        remove_drafts(inside(job.out, 'index'), {f'{p.stem}.idx' for p in parts})
+        remove_partial_files(inside(job.out, 'index'), {f'{p.stem}.idx' for p in parts})
     for above in {str(p.parent) for p in parts} - {'.'}:
-        remove_drafts(inside(job.out, above), {p.name for p in parts})
+        remove_partial_files(inside(job.out, above), {p.name for p in parts})
 
 # %% ../../nbs/build/01_build.ipynb #11901b8a
 def _journal(job):
@@ -257,7 +257,7 @@ def _line(plan, p, said):
 def _start_journal(job):
     "The finished parts; the journal is written anew with their lines alone."
     done = _journal(job)
-    with whole_file(Path(job.out) / '.done.jsonl', 'w') as f:
+    with atomic_write(Path(job.out) / '.done.jsonl', 'w') as f:
         f.writelines(json.dumps([p, *line]) + '\n' for p, line in done.items())
     return done
 
@@ -282,7 +282,7 @@ def read_lines(out, plan: Plan) -> list:
 
 def _write_lines(out, lines):
     rows = [('part', 'images', 'bytes', 'sha256'), *lines]
-    with whole_file(Path(out) / 'manifest.csv', 'w') as f:
+    with atomic_write(Path(out) / 'manifest.csv', 'w') as f:
         csv.writer(f, lineterminator='\n').writerows(rows)
 
 # %% ../../nbs/build/01_build.ipynb #715b810a
@@ -553,11 +553,11 @@ def write_beside(job: Job, workers: int = 1):
     "Writes the parameter table, the contact sheet and the data card."
     out, table = Path(job.out), job.source.parameters(workers)
     if table is not None:
-        with whole_file(out / 'parameters.csv', 'w') as f:
+        with atomic_write(out / 'parameters.csv', 'w') as f:
             table.to_csv(f, index=False, lineterminator='\n')
-    with whole_file(out / 'contact_sheet.png') as f:
+    with atomic_write(out / 'contact_sheet.png') as f:
         contact_sheet(job.source, job.plan).save(f, 'PNG')
-    with whole_file(out / 'README.md', 'w') as f:
+    with atomic_write(out / 'README.md', 'w') as f:
         f.write(data_card(job))
 
 # %% ../../nbs/build/01_build.ipynb #bb2b0aab
@@ -591,7 +591,7 @@ def _build(job, workers, executor, progress):
     _clear_leftovers(job)
     with explained(job, _journal(job)):
         if not (out / 'manifest.json').exists():
-            with whole_file(out / 'manifest.json', 'w') as f:
+            with atomic_write(out / 'manifest.json', 'w') as f:
                 json.dump(describe(job), f, indent=1)
         write_beside(job, workers)
     ahead = 64 if executor else 2 * max(1, workers)

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 import yaml
 from ..core.settings import machine_settings
-from ..core.folder import remove_drafts, whole_file
+from ..core.folder import remove_partial_files, atomic_write
 from ..formulas.formula import Formula
 from ..data.shards import Plan, encode
 from .source import Source, as_source
@@ -92,7 +92,7 @@ def write_parquet(job: Job, p: int) -> tuple:
     numbers = job.plan.images_at(job.plan.places(p)).tolist()
     options = dict(compression='none', use_dictionary=False, write_page_checksum=True)
     with (
-        whole_file(Path(job.out) / part_file(job.plan, p)) as f,
+        atomic_write(Path(job.out) / part_file(job.plan, p)) as f,
         parquet.ParquetWriter(f, schema, **options) as writer,
     ):
         for first in range(0, len(numbers), GROUP):
@@ -204,10 +204,10 @@ def _write_all(job, done, workers, executor, progress):
     (out / 'data').mkdir(parents=True, exist_ok=True)
     with locked(out), open_executor(workers=0 if executor else workers) as own:
         names = {Path(part_file(job.plan, p)).name for p in range(job.plan.parts)}
-        remove_drafts(out / 'data', names)  # of an export that was killed
-        with whole_file(out / 'contact_sheet.png') as f:
+        remove_partial_files(out / 'data', names)  # of an export that was killed
+        with atomic_write(out / 'contact_sheet.png') as f:
             contact_sheet(job.source, job.plan).save(f, 'PNG')
-        with whole_file(out / 'README.md', 'w') as f:
+        with atomic_write(out / 'README.md', 'w') as f:
             f.write(parquet_card(job))
         before = count = sum(len(job.plan.places(p)) for p in done)
         progress(count, total, 0, 0.0)

@@ -15,7 +15,7 @@ import numpy as np, pandas as pd
 from PIL import Image
 from torch.utils.data import Dataset
 from ..formulas.formula import Formula, described_formula, family_of
-from ..data.shards import BuiltDataset, Stored, read_manifest
+from ..data.shards import BuiltDataset, StoredDataset, read_manifest
 from ..data.datasets import named_dataset, open_dataset
 
 # %% ../../nbs/build/00_source.ipynb #14f2f495
@@ -150,7 +150,7 @@ class ListedSource(Source):
 
     def file(self, i):
         dataset, order, _ = self.opened
-        return dataset.name(int(order[i])) if isinstance(dataset, Stored) else ''
+        return dataset.name(int(order[i])) if isinstance(dataset, StoredDataset) else ''
 
     def read(self, i):
         dataset, order, _ = self.opened

@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 import numpy as np
-from ..core.folder import inside, whole_file
+from ..core.folder import inside, atomic_write
 from ..data.shards import BuiltDataset, Plan, decode, plan_of, read_at, tar_index
 from .source import as_source, source_of
 from fdsl_nb.build.build import (
@@ -154,7 +154,7 @@ def _mend_class(job, p, line):
     for name, data in class_files(job, p):
         digest(sha, name, data)
         if not (folder / name).exists() or (folder / name).read_bytes() != data:
-            with whole_file(inside(folder, name)) as f:
+            with atomic_write(inside(folder, name)) as f:
                 f.write(data)
     return (*line[:3], sha.hexdigest())
 

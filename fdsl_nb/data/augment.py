@@ -24,23 +24,23 @@ def train_transform(
     a: Augmentation,
 ) -> Callable:  # Pillow image, L or RGB → float32 [3, size, size]; [splits, …] with `aug_splits`
     "The random transform for training, made by timm."
-    if a.crop_kind == 'inception':
-        return InceptionView(a.image_size, a.scale, a.ratio, a.hflip)
+    if a.train_crop_mode == 'inception':
+        return InceptionView(a.img_size, a.scale, a.ratio, a.hflip)
     made = create_transform(
-        a.image_size,
+        a.img_size,
         is_training=True,
         scale=a.scale,
         ratio=a.ratio,
         hflip=a.hflip,
         vflip=a.vflip,
         color_jitter=a.color_jitter or None,
-        auto_augment=a.auto_augment or None,
+        auto_augment=a.aa or None,
         interpolation=a.interpolation,
         mean=a.mean,
         std=a.std,
-        re_prob=a.erasing,
-        re_mode=a.erasing_mode,
-        re_count=a.erasing_count,
+        re_prob=a.reprob,
+        re_mode=a.remode,
+        re_count=a.recount,
         re_num_splits=a.aug_splits,
         separate=bool(a.aug_splits),
     )
@@ -53,17 +53,17 @@ def eval_transform(
     a: Augmentation,
 ) -> Callable:  # Pillow image, L or RGB → float32 [3, size, size]
     "The fixed transform for evaluation: resize, crop, normalise."
-    if a.crop_kind == 'inception' and a.crop_mode == 'squash':
-        return SquashView(a.image_size)
-    if a.crop_kind == 'inception':
-        return CentreView(a.image_size, round(a.image_size * 8 / 7))
+    if a.train_crop_mode == 'inception' and a.crop_mode == 'squash':
+        return SquashView(a.img_size)
+    if a.train_crop_mode == 'inception':
+        return CentreView(a.img_size, round(a.img_size * 8 / 7))
     made = create_transform(
-        a.image_size,
+        a.img_size,
         is_training=False,
         interpolation=a.interpolation,
         mean=a.mean,
         std=a.std,
-        crop_pct=a.crop,
+        crop_pct=a.crop_pct,
         crop_mode=a.crop_mode,
     )
     return Compose([*made.transforms[:2], as_rgb, *made.transforms[2:]])
@@ -93,14 +93,14 @@ def mixer(
     "timm's `Mixup`, its random numbers a function of (seed, step, part); None if nothing is mixed."
     if not (m.mixup or m.cutmix):
         return None
-    if m.mix_mode == 'reversed':
+    if m.mixup_mode == 'reversed':
         return reversed_mixer(m.mixup, m.cutmix, classes, seed)
     mix = Mixup(
         m.mixup,
         m.cutmix,
-        prob=m.mix_prob,
-        switch_prob=m.mix_switch,
-        mode=m.mix_mode,
+        prob=m.mixup_prob,
+        switch_prob=m.mixup_switch_prob,
+        mode=m.mixup_mode,
         label_smoothing=m.smoothing,
         num_classes=classes,
     )

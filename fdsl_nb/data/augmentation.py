@@ -13,24 +13,24 @@ from dataclasses import dataclass
 class Augmentation:
     "How one image is changed, in timm's terms."
 
-    image_size: int = 224  # side of what comes out, pixels
-    crop_kind: str = 'timm'  # timm, or inception: TensorFlow's crop and flip, and nothing else
+    img_size: int = 224  # side of what comes out, pixels
+    train_crop_mode: str = (
+        'timm'  # timm, or inception: TensorFlow's crop and flip, and nothing else
+    )
     scale: tuple = (0.08, 1.0)  # share of the area a crop keeps
     ratio: tuple = (3 / 4, 4 / 3)  # width / height of a crop
     hflip: float = 0.0  # chance of a flip left to right
     vflip: float = 0.0  # chance of a flip upside down
     color_jitter: float = 0.4  # timm turns it off beside RandAugment
-    auto_augment: str = 'rand-m9-mstd0.5-inc1'  # timm's name, '' for none
-    erasing: float = 0.25  # chance of a rectangle erased
-    erasing_mode: str = (
-        'pixel'  # what is put there: pixel (noise), rand (one colour), const (black)
-    )
-    erasing_count: int = 1  # rectangles at most
+    aa: str = 'rand-m9-mstd0.5-inc1'  # timm's name, '' for none
+    reprob: float = 0.25  # chance of a rectangle erased
+    remode: str = 'pixel'  # what is put there: pixel (noise), rand (one colour), const (black)
+    recount: int = 1  # rectangles at most
     aug_splits: int = 0  # views of a crop for a JSD loss, the first one plain; 0 for one view
     interpolation: str = 'bicubic'
     mean: tuple = (0.5, 0.5, 0.5)
     std: tuple = (0.5, 0.5, 0.5)
-    crop: float = 0.875  # share of the side kept in evaluation
+    crop_pct: float = 0.875  # share of the side kept in evaluation
     crop_mode: str = 'center'  # center, squash (to the square) or border
 
 # %% ../../nbs/data/01_augmentation.ipynb #e9ab1fd0
@@ -40,8 +40,8 @@ class Mixing:
 
     mixup: float = 0.8  # alpha of the Beta distribution, 0 for none
     cutmix: float = 1.0  # likewise
-    mix_prob: float = 1.0  # chance that a batch is mixed
-    mix_switch: float = 0.5  # chance of cutmix where both are on
-    mix_mode: str = 'batch'  # what shares a ratio: batch, pair, elem; reversed: as COYO-ViT mixes
+    mixup_prob: float = 1.0  # chance that a batch is mixed
+    mixup_switch_prob: float = 0.5  # chance of cutmix where both are on
+    mixup_mode: str = 'batch'  # what shares a ratio: batch, pair, elem; reversed: as COYO-ViT mixes
     smoothing: float = 0.1  # label smoothing
-    mix_off_epoch: int = 0  # epoch from which nothing is mixed any more; 0 for never
+    mixup_off_epoch: int = 0  # epoch from which nothing is mixed any more; 0 for never

@@ -17,9 +17,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np, pandas as pd, torch
 from PIL import Image
 from ..core.settings import did_you_mean, machine_settings
-from ..core.folder import whole_file
+from ..core.folder import atomic_write
 from .loading import DigitsDataset
-from .shards import PICTURES, Stored, read_at, shard_paths, tar_index
+from .shards import PICTURES, StoredDataset, read_at, shard_paths, tar_index
 
 # %% ../../nbs/data/07_coyo.ipynb #3be22c25
 def _members(key, image, labels, probs, as_text):
@@ -59,7 +59,7 @@ def write_shards(
     paths = []
     for s, start in enumerate(range(0, len(rows), shard_images)):
         paths.append(folder / f'{s:05d}.tar')
-        with whole_file(paths[-1]) as f, tarfile.open(fileobj=f, mode='w') as tar:
+        with atomic_write(paths[-1]) as f, tarfile.open(fileobj=f, mode='w') as tar:
             for n, row in enumerate(rows[start : start + shard_images]):
                 key = f'{s:05d}{n:04d}'
                 for suffix, data in _members(key, *row, as_text):
@@ -248,7 +248,7 @@ _SEAL = struct.Struct('<8sIq')  # 'FDSLCOYO', CRC-32 of what follows, bytes of t
 def _write_index(path, shard, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     content = rows.tobytes()
-    with whole_file(path) as f:
+    with atomic_write(path) as f:
         f.write(_SEAL.pack(b'FDSLCOYO', zlib.crc32(content), os.stat(shard).st_size) + content)
 
 
@@ -362,7 +362,7 @@ def _key_of(path, row):
     return name.decode(errors='replace').partition('.')[0]
 
 # %% ../../nbs/data/07_coyo.ipynb #1bce343c
-class CoyoDataset(Stored):
+class CoyoDataset(StoredDataset):
     "Images with many labels, by number: (Pillow RGB image, float32 target [classes])."
 
     multilabel = True

@@ -22,7 +22,7 @@ from fdsl_nb.data.loading import (
     ImageDataset,
     as_images,
 )
-from .shards import ArchiveDataset, BuiltDataset, ShardFiles, Stored, shard_paths
+from .shards import ArchiveDataset, BuiltDataset, ShardFiles, StoredDataset, shard_paths
 from .streams import StreamedShards
 from .cifar import SOURCES, open_cifar
 from .coyo import open_coyo
@@ -66,7 +66,7 @@ def _is_split(kind, what, folder):
     return what == folder
 
 
-def open_stored(name: str, split: str = 'train', on_error: str = 'raise') -> Stored | None:
+def open_stored(name: str, split: str = 'train', on_error: str = 'raise') -> StoredDataset | None:
     "Opens what `find_stored` finds; None where it has no such split."
     found = find_stored(name, split)
     if found is None:
@@ -81,31 +81,31 @@ def open_stored(name: str, split: str = 'train', on_error: str = 'raise') -> Sto
     return kind(what, on_error)
 
 # %% ../../nbs/data/08_datasets.ipynb #2b4b0500
-def _open_digits(split, data, **knobs):
+def _open_digits(split, data_dir, **knobs):
     return DigitsDataset(split)
 
 
-def _open_cifar(name, split, data, **knobs):
-    archive = Path(data).name in [source.filename for source in SOURCES.values()]
+def _open_cifar(name, split, data_dir, **knobs):
+    archive = Path(data_dir).name in [source.filename for source in SOURCES.values()]
     if archive:
-        return open_cifar(name, split, Path(data).parent, **knobs)
-    if data and (Path(data).is_file() or (Path(data) / 'train').is_dir()):
-        return open_dataset(data, split, **knobs)
-    return open_cifar(name, split, data or None, **knobs)
+        return open_cifar(name, split, Path(data_dir).parent, **knobs)
+    if data_dir and (Path(data_dir).is_file() or (Path(data_dir) / 'train').is_dir()):
+        return open_dataset(data_dir, split, **knobs)
+    return open_cifar(name, split, data_dir or None, **knobs)
 
 
-def _open_imagenet(split, data, **knobs):
-    if not data:
+def _open_imagenet(split, data_dir, **knobs):
+    if not data_dir:
         raise FileNotFoundError(
-            "dataset='imagenet' needs data: a folder or archive with train/CLASS/… and "
-            'val/CLASS/…, for example -p data /datasets/imagenet'
+            "dataset='imagenet' needs data_dir: a folder or archive with train/CLASS/… and "
+            'val/CLASS/…, for example -p data_dir /datasets/imagenet'
         )
-    return open_dataset(data, split, **knobs)
+    return open_dataset(data_dir, split, **knobs)
 
 
-def _open_coyo(split, data, **knobs):
-    if data:
-        return open_coyo(split, shards=data, **knobs)
+def _open_coyo(split, data_dir, **knobs):
+    if data_dir:
+        return open_coyo(split, shards=data_dir, **knobs)
     return open_coyo(split, **knobs)
 
 
@@ -151,11 +151,11 @@ def opener(
 def open_collection(
     name: str,  # one of `known_collections()`
     split: str = 'train',
-    data: str = '',  # where its files are
+    data_dir: str = '',  # where its files are
     **knobs,  # of the collection
 ) -> ImageDataset | None:  # None where it has no such split
     "Opens a collection by name; `TypeError` if another package's gives no data set of classes."
-    found = opener(name)(split, data, **knobs)
+    found = opener(name)(split, data_dir, **knobs)
     if found is None:
         return None
     for needed in ('classes', 'label'):
@@ -179,14 +179,14 @@ def is_formula(name: str) -> bool:
 def open_dataset(
     name: str,  # a formula, 'module:Class', a collection, or a path of a folder, archive or shards
     split: str = 'train',  # train, val or test
-    data: str = '',  # for a collection (cifar10, cifar100, coyo, imagenet): where its files are
+    data_dir: str = '',  # for a collection (cifar10, cifar100, coyo, imagenet): where its files are
     **knobs,  # for a formula: its fields
 ) -> ImageDataset | None:  # (Pillow image, L or RGB, class); None where there is no such split
     "Opens any data set; errors name the data set, the split or the knob, and the remedy."
     if is_formula(name):
         return FormulaDataset(formula(name, **knobs)) if split == 'train' else None
     if name in known_collections():
-        return open_collection(name, split, data, **knobs)
+        return open_collection(name, split, data_dir, **knobs)
     if find_stored(name, split):
         return open_stored(name, split)
     if Path(name).is_dir():

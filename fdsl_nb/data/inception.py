@@ -102,18 +102,20 @@ def _normalise(pixels):
 class InceptionView:
     "For training: `crop_box`, bilinear, flip."
 
-    image_size: int = 224
+    img_size: int = 224
     area: tuple = (0.05, 1.0)
     ratio: tuple = (0.75, 1.33)
     hflip: float = 0.5
-    generator: torch.Generator = None  # torch's global one, as seeded by `Augmented`, if None
+    generator: torch.Generator = (
+        None  # torch's global one, as seeded by `AugmentedDataset`, if None
+    )
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         top, left, height, width = crop_box(
             image.height, image.width, self.area, self.ratio, self.generator
         )
         crop = image.crop((left, top, left + width, top + height))
-        view = bilinear(pixels_of(crop), self.image_size, self.image_size)
+        view = bilinear(pixels_of(crop), self.img_size, self.img_size)
         if torch.rand(1, generator=self.generator).item() < self.hflip:
             view = view.flip(2)
         return _normalise(view)
@@ -123,14 +125,14 @@ class InceptionView:
 class CentreView:
     "For evaluation during pre-training: shorter side to `small` by area, then the centre."
 
-    image_size: int = 224
-    small: int = 256  # `ValueError` if less than `image_size`
+    img_size: int = 224
+    small: int = 256  # `ValueError` if less than `img_size`
 
     def __post_init__(self):
-        if self.small < self.image_size:
+        if self.small < self.img_size:
             raise ValueError(
-                f'small={self.small} is less than image_size={self.image_size}; '
-                f'a centre needs something around it, e.g. {round(self.image_size * 8 / 7)}'
+                f'small={self.small} is less than img_size={self.img_size}; '
+                f'a centre needs something around it, e.g. {round(self.img_size * 8 / 7)}'
             )
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
@@ -138,19 +140,19 @@ class CentreView:
         sides = np.array([image.height, image.width], np.float32)
         sides = np.round(sides * (np.float32(self.small) / sides.min()))
         height, width = int(sides[0]), int(sides[1])
-        top, left = (height - self.image_size) // 2, (width - self.image_size) // 2
+        top, left = (height - self.img_size) // 2, (width - self.img_size) // 2
         view = area_resize(pixels_of(image), height, width)
-        return _normalise(view[:, top : top + self.image_size, left : left + self.image_size])
+        return _normalise(view[:, top : top + self.img_size, left : left + self.img_size])
 
 
 @dataclass(frozen=True)
 class SquashView:
     "For evaluation after fine-tuning: the whole image, squashed."
 
-    image_size: int = 384
+    img_size: int = 384
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        return _normalise(bilinear(pixels_of(image), self.image_size, self.image_size))
+        return _normalise(bilinear(pixels_of(image), self.img_size, self.img_size))
 
 # %% ../../nbs/data/02_inception.ipynb #958f71aa
 def beta(

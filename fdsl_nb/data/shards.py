@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'PICTURES', 'SPLITS', 'LAYOUTS', 'encode', 'decode', 'tar_index', 'zip_index', 'read_at', 'sort_pictures',
-           'check_choice', 'Stored', 'ArchiveDataset', 'Shuffle', 'Plan', 'read_manifest', 'plan_of', 'BuiltDataset',
-           'ShardFiles', 'shard_paths']
+           'check_choice', 'StoredDataset', 'ArchiveDataset', 'Shuffle', 'Plan', 'read_manifest', 'plan_of',
+           'BuiltDataset', 'ShardFiles', 'shard_paths']
 
 # %% ../../nbs/data/04_shards.ipynb #3457fa1c
 import hashlib, io, json, os, tarfile, warnings, zipfile, zlib
@@ -18,7 +18,7 @@ from numba import njit, uint64
 from webdataset.shardlists import expand_urls
 from ..core.settings import did_you_mean, machine_settings
 from ..core.rng import SHUFFLE, philox
-from ..core.folder import path_part, whole_file
+from ..core.folder import path_part, atomic_write
 from ..formulas.formula import described_formula
 from .loading import ImageDataset
 
@@ -194,7 +194,7 @@ def check_choice(on_error):
     return on_error
 
 
-class Stored(ImageDataset):
+class StoredDataset(ImageDataset):
     "Stored pictures by number; a subclass defines `name(i)`, `read(i)` and `label(i)`."
 
     def __init__(self, on_error: str = 'raise'):
@@ -219,7 +219,7 @@ class Stored(ImageDataset):
         )
 
 # %% ../../nbs/data/04_shards.ipynb #65d67b65
-class ArchiveDataset(Stored):
+class ArchiveDataset(StoredDataset):
     "Pictures inside a .zip or .tar; `FileNotFoundError` if the archive has no such split."
 
     def __init__(self, path: Path, split: str = 'train', on_error: str = 'raise'):
@@ -230,7 +230,7 @@ class ArchiveDataset(Stored):
         found = sort_pictures([f[0] for f in files], split, str(path))
         if found is None:
             raise FileNotFoundError(
-                f'data={str(path)!r} holds no pictures of {split}/; '
+                f'data_dir={str(path)!r} holds no pictures of {split}/; '
                 f'arrange it as CLASS/picture.png or {split}/CLASS/picture.png'
             )
         self.classes, kept = found
@@ -449,7 +449,7 @@ def _scanned(path, _changed):
     return np.array(pictures, np.int64)
 
 
-class BuiltDataset(Stored):
+class BuiltDataset(StoredDataset):
     "A build by number; only its manifest is read. `ValueError` if it was never finished."
 
     def __init__(self, root: Path, on_error: str = 'raise'):
@@ -524,12 +524,12 @@ def _scan_shard(path):
         return np.load(kept)
     rows = np.array(_scan_records(path), np.int64)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(kept) as f:
+    with atomic_write(kept) as f:
         np.save(f, rows)
     return rows
 
 # %% ../../nbs/data/04_shards.ipynb #f9ce91a5
-class ShardFiles(Stored):
+class ShardFiles(StoredDataset):
     "Any WebDataset shards on this machine, by number: record after record, shard after shard."
 
     def __init__(self, paths: list, on_error: str = 'raise'):

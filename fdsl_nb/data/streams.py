@@ -16,22 +16,22 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys, tar_file_expander
 from ..core.settings import machine_settings
 from ..core.rng import AUGMENT, SHUFFLE, CounterRandom, seed_for
-from ..core.folder import whole_file
-from .loading import EpochBatches, permutation, seeded
-from .shards import PICTURES, Stored, check_choice, decode, plan_of
+from ..core.folder import atomic_write
+from .loading import EpochBatchSampler, permutation, seeded
+from .shards import PICTURES, StoredDataset, check_choice, decode, plan_of
 
 # %% ../../nbs/data/05_streams.ipynb #6484f2fd
 def share(
     records: int,  # of the whole epoch
-    batch: int,  # images of a global batch
+    batch_size: int,  # images of a global batch
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     worker: int = 0,
     workers: int = 1,
 ) -> tuple:  # (first record, how many)
     "The stretch of an epoch that one worker reads: whole batches, without the incomplete last one."
-    batches = records // batch
-    own = batch // world  # images of a batch that this process takes
+    batches = records // batch_size
+    own = batch_size // world_size  # images of a batch that this process takes
     # worker w loads batches w, w + workers, … of its process: the order in which a DataLoader asks
     mine = [len(range(w, batches, workers)) for w in range(workers)]
     return (rank * batches + sum(mine[:worker])) * own, mine[worker] * own
@@ -159,9 +159,9 @@ def _stretch(urls, counts, batches, first, many, on_error):
     b = batches
     bases = np.cumsum([0, *counts])
     while many:
-        walk, start = divmod(first, b.walk)
-        taken = min(many, b.walk - start)
-        order = permutation(len(urls), b.seed, walk)
+        pass_index, start = divmod(first, b.pass_index)
+        taken = min(many, b.pass_index - start)
+        order = permutation(len(urls), b.seed, pass_index)
         q = start // b.repeats  # the record, counted in this pass
         end = -(-(start + taken) // b.repeats)
         for s, lo, hi in spans([counts[n] for n in order], q, end - q):
@@ -170,7 +170,7 @@ def _stretch(urls, counts, batches, first, many, on_error):
                 # the first and the last record may be shown only some of their times
                 begin = max(start - q * b.repeats, 0)
                 views = range(begin, min(start + taken - q * b.repeats, b.repeats))
-                yield walk, views, int(bases[n]) + place, *row
+                yield pass_index, views, int(bases[n]) + place, *row
                 q += 1
         first, many = first + taken, many - taken
 
@@ -184,11 +184,11 @@ class ShardStream(IterableDataset):
         self,
         urls,  # a build's folder, a pattern with braces, or a list
         transform: Callable,  # Pillow image to tensor
-        batch: int,  # images in a global batch, over all processes
+        batch_size: int,  # images in a global batch, over all processes
         counts=None,  # records of each shard; one number if all are alike; not needed for a build
         seed: int = 0,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         buffer: int = 1000,  # records held back to shuffle; 0 for the order of the shards
         on_error: str = 'raise',  # or skip: the next good record takes the place of a damaged one
         repeats: int = 1,  # times an image appears in a row (repeated augmentation)
@@ -199,7 +199,9 @@ class ShardStream(IterableDataset):
             self.urls, self.counts = _shards_of_build(urls, self.plan)
         else:
             self.urls, self.counts = _shards_of(urls, counts)
-        self.batches = EpochBatches(sum(self.counts), batch, seed, rank, world, repeats, images)
+        self.batches = EpochBatchSampler(
+            sum(self.counts), batch_size, seed, rank, world_size, repeats, images
+        )
         self.transform = transform
         self.buffer = buffer
         self.on_error = check_choice(on_error)
@@ -213,7 +215,7 @@ class ShardStream(IterableDataset):
         return self.batches.steps
 
     def __len__(self):
-        return (self.steps - self.first) * (self.batches.batch // self.batches.world)
+        return (self.steps - self.first) * (self.batches.batch_size // self.batches.world_size)
 
     def __iter__(self):
         return self._rows()
@@ -224,20 +226,20 @@ class ShardStream(IterableDataset):
         info = get_worker_info()
         me, workers = (info.id, info.num_workers) if info else (0, 1)
         worker = (me + self.first) % workers  # a DataLoader asks worker 0 first, also if resumed
-        first, many = share(b.images, b.batch, b.rank, b.world, worker, workers)
+        first, many = share(b.images, b.batch_size, b.rank, b.world_size, worker, workers)
         rng = CounterRandom(b.seed, SHUFFLE, self.epoch, 1 + first)
         start = self.epoch * b.stride + first
         stretch = _stretch(self.urls, self.counts, b, start, many, self.on_error)
         rows = buffered(stretch, self.buffer, rng)
-        draws = ((walk, repeat, *row) for walk, views, *row in rows for repeat in views)
+        draws = ((pass_index, repeat, *row) for pass_index, views, *row in rows for repeat in views)
         done = len(range(worker, self.first, workers))  # batches before the one to begin at
-        return itertools.islice(draws, done * (b.batch // b.world), None)
+        return itertools.islice(draws, done * (b.batch_size // b.world_size), None)
 
-    def _picture(self, walk, repeat, place, name, data):
+    def _picture(self, pass_index, repeat, place, name, data):
         number = int(self.plan.images_at([place])[0]) if self.plan else place
         image = decode(data, name)
         draw = number * self.batches.repeats + repeat
-        with seeded(seed_for(self.batches.seed, AUGMENT, walk, draw)):
+        with seeded(seed_for(self.batches.seed, AUGMENT, pass_index, draw)):
             return self.transform(image)
 
     def _rows(self):
@@ -274,7 +276,7 @@ class StreamLoader:
         return iter(
             DataLoader(
                 self.batch_sampler,
-                b.batch // b.world,
+                b.batch_size // b.world_size,
                 num_workers=self.workers,
                 pin_memory=torch.cuda.is_available(),
             )
@@ -308,12 +310,12 @@ def _labels_of(url):
             f'{url} holds no records; check the address, and that the command or server gives a tar'
         )
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(kept) as f:
+    with atomic_write(kept) as f:
         np.save(f, labels)
     return labels
 
 
-class StreamedShards(Stored):
+class StreamedShards(StoredDataset):
     "Shards that can only be read in order, as a data set; `.train_loader` streams them."
 
     def __init__(self, urls: list, on_error: str = 'raise'):
@@ -343,20 +345,20 @@ class StreamedShards(Stored):
     def train_loader(
         self,
         transform: Callable,  # Pillow image to tensor
-        batches: EpochBatches,  # seed, length of an epoch, process; the order is the stream's own
+        batches: EpochBatchSampler,  # seed, epoch, process; the order is the stream's own
         workers: int = 0,  # worker processes
     ) -> StreamLoader:
         "What `train_loader` is for numbered data sets."
         stream = ShardStream(
             self.urls,
             transform,
-            batches.batch,
+            batches.batch_size,
             self.counts,
             batches.seed,
             batches.rank,
-            batches.world,
+            batches.world_size,
             on_error=self.on_error,
             repeats=batches.repeats,
-            images=None if batches.stride == batches.walk else batches.images,
+            images=None if batches.stride == batches.pass_index else batches.images,
         )
         return StreamLoader(stream, workers)

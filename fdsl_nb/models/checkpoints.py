@@ -15,7 +15,7 @@ import torch
 from timm.models import clean_state_dict, load_state_dict_from_hf, save_for_hf
 from timm.models._hub import generate_readme, load_state_dict_from_path
 from timm.utils import unwrap_model
-from ..core.folder import whole_file
+from ..core.folder import atomic_write
 from ..core.settings import did_you_mean
 from .bundle import open_bundle
 from .coyo_weights import check_activation, coyo_averages, coyo_weights
@@ -131,7 +131,7 @@ def _from_address(source, where):
 # %% ../../nbs/models/06_checkpoints.ipynb #20e16032
 def read_weights(
     path: str | Path,  # a file, `local-dir:FOLDER` or `hf-hub:OWNER/MODEL`
-    ema: bool = False,  # the averaged weights instead
+    use_ema: bool = False,  # the averaged weights instead
 ) -> tuple:  # (the layout's name, dict of tensors)
     "The weights of a checkpoint of any known layout; `CheckpointError` if it has none."
     source, _, where = str(path).partition(':')
@@ -140,12 +140,12 @@ def read_weights(
     else:
         content, name, bare = read_checkpoint(path), Path(path).name, 'weights'
     for layout in LAYOUTS:
-        found = (layout.averaged if ema else layout.weights)(content)
+        found = (layout.averaged if use_ema else layout.weights)(content)
         if found:
             shown = bare if layout.name == 'weights' else layout.name
             return shown, clean_state_dict(found)
-    if ema and any(layout.weights(content) for layout in LAYOUTS):
-        raise CheckpointError(f'{name!r} has no averaged weights; leave ema out')
+    if use_ema and any(layout.weights(content) for layout in LAYOUTS):
+        raise CheckpointError(f'{name!r} has no averaged weights; leave use_ema out')
     held = ', '.join(map(repr, list(content)[:6]))
     known = ', '.join(layout.name for layout in LAYOUTS)
     raise CheckpointError(
@@ -311,12 +311,12 @@ def load_weights(
     *,
     resize: str = 'bicubic',  # position embeddings: bicubic, bilinear, bilinear_corners
     head: str = 'auto',  # auto, keep, new, zero
-    ema: bool = False,  # the averaged weights
+    use_ema: bool = False,  # the averaged weights
     partial: bool = False,  # allow a backbone that is not complete
 ) -> LoadReport:
     "Load a checkpoint of any known layout into a model; `CheckpointError` if it does not fit."
     model = unwrap_model(model)
-    layout, weights = read_weights(path, ema)
+    layout, weights = read_weights(path, use_ema)
     if layout in CHECKS:
         CHECKS[layout](model, path)
     weights, positions = _resize_positions(model, weights, resize)
@@ -404,6 +404,6 @@ def export_model(
         safe_serialization=True,
         data_config=data_config,
     )
-    with whole_file(folder / 'README.md', 'w') as file:
+    with atomic_write(folder / 'README.md', 'w') as file:
         file.write(_card(model, recorded, description, license, tags))
     return folder

@@ -49,22 +49,22 @@ def current_name(
 # %% ../../nbs/models/02_models.ipynb #f2392d05
 def create_model(
     name: str,  # a timm name, old or new
-    classes: int,  # outputs of the head; 0 for features only
-    image_size: int = None,  # side in pixels; timm's default for that name if None
+    num_classes: int,  # outputs of the head; 0 for features only
+    img_size: int | tuple = None,  # side, or (height, width), in pixels; timm's default if None
     seed: int = None,  # of the initial weights; torch's global generator if None
     **timm_kwargs,  # what timm takes, e.g. `drop_path_rate=0.1`, `depth=2`
 ) -> nn.Module:  # float32, on the CPU, in training mode
     "A timm model with fresh weights; `ValueError` for an unknown name or an impossible size."
     name = current_name(name)
     fixed = takes_image_size(name)
-    if image_size and fixed:
-        timm_kwargs['img_size'] = image_size
+    if img_size and fixed:
+        timm_kwargs['img_size'] = img_size
     with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
         if seed is not None:
             torch.manual_seed(seed)
-        model = timm.create_model(name, num_classes=classes, **timm_kwargs)
-    if image_size and fixed:
-        _check_patches(model, image_size)
+        model = timm.create_model(name, num_classes=num_classes, **timm_kwargs)
+    if img_size and fixed:
+        _check_patches(model, img_size)
     return model
 
 # %% ../../nbs/models/02_models.ipynb #d5767eff
@@ -75,23 +75,24 @@ def takes_image_size(
     return ':' in name or bool(get_pretrained_cfg(name).fixed_input_size)
 
 
-def _check_patches(model, image_size):
+def _check_patches(model, img_size):
     patches = getattr(model, 'patch_embed', None) or getattr(model, 'stem', None)
     patch = getattr(patches, 'patch_size', 1)
     if not isinstance(patch, int):
         patch = patch[0]
-    if image_size % patch:
-        near = max(image_size // patch, 1) * patch
-        raise ValueError(
-            f'image_size={image_size} is no multiple of the patch, {patch} pixels; '
-            f'choose {near} or {near + patch}'
-        )
+    for side in (img_size,) if isinstance(img_size, int) else img_size:
+        if side % patch:
+            near = max(side // patch, 1) * patch
+            raise ValueError(
+                f'img_size={img_size} is no multiple of the patch, {patch} pixels; '
+                f'choose {near} or {near + patch}'
+            )
 
 # %% ../../nbs/models/02_models.ipynb #e2ef2efa
 def create_coyo_vit(
     name: str = 'vit-l/16',  # vit-{ti,s,b,l}/PATCH, or a timm name
     classes: int = 21841,  # 0 for features only
-    image_size: int = 224,  # pixels
+    img_size: int = 224,  # pixels
     representation: int = 0,  # width of the layer before the head; L/16 in pre-training: 1024
     dropout: float = 0.0,  # after embedding, attention and in the MLP; B/16 as published: 0.1
     **kwargs,  # `head_bias`, `seed`, and what timm takes
@@ -107,7 +108,7 @@ def create_coyo_vit(
     return create_model(
         name,
         classes,
-        image_size,
+        img_size,
         representation=representation,
         pos_drop_rate=dropout,
         proj_drop_rate=dropout,
@@ -167,10 +168,10 @@ def resize_position_embedding(
 def parameter_groups(
     model: nn.Module,
     weight_decay: float,  # of the weights that decay
-    decay_all: bool = False,  # biases, norms and embeddings too
+    filter_bias_and_bn: bool = True,  # exempt biases, norms and embeddings
 ) -> list:  # of dicts, as torch's optimizers take them
     "An optimizer's parameter groups, split by weight decay as timm does, without frozen ones."
-    if decay_all:
+    if not filter_bias_and_bn:
         trained = [p for p in model.parameters() if p.requires_grad]
         return [dict(params=trained, weight_decay=weight_decay)]
     exempt = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ()

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from timm.models import clean_state_dict
 from timm.utils import get_state_dict, unwrap_model
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
-from ..core.folder import remove_drafts, whole_file
+from ..core.folder import remove_partial_files, atomic_write
 from ..core.settings import did_you_mean
 
 # %% ../../nbs/models/00_serialization.ipynb #ef01fe40
@@ -68,7 +68,7 @@ def _write_safely(content, file):
 # %% ../../nbs/models/00_serialization.ipynb #834f1964
 def _make_room(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_drafts(path.parent, [path.name])
+    remove_partial_files(path.parent, [path.name])
 
 # %% ../../nbs/models/00_serialization.ipynb #08c9c9d1
 def save_checkpoint(
@@ -88,7 +88,7 @@ def save_checkpoint(
     content = _content(model, arch, epoch, optimizer, metric, args, ema, extra)
     _make_room(path)
     try:
-        with whole_file(path, 'w+b') as file:
+        with atomic_write(path, 'w+b') as file:
             _write_safely(content, file)
     except (OSError, RuntimeError) as e:
         raise OSError(

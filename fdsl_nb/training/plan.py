@@ -16,17 +16,17 @@ class Data:
     "What is trained on what."
 
     dataset: str = 'rcdb'  # a formula, digits, cifar10, cifar100, coyo, or a folder or shards
-    data: str = ''  # where the images of a named data set lie
+    data_dir: str = ''  # where the images of a named data set lie
     knobs: dict = field(default_factory=dict)  # of the formula, where not its defaults
     model: str = 'deit_tiny_patch16_224'  # a timm model
-    model_options: dict = field(default_factory=dict)  # further arguments of timm's create_model
-    batch: int = 256  # images a step, over all processes
+    model_kwargs: dict = field(default_factory=dict)  # further arguments of timm's create_model
+    batch_size: int = 256  # images a step, over all processes
     epochs: int = 300
-    steps: int = 0  # length in steps, instead of epochs
+    max_steps: int = 0  # length in steps, instead of epochs
     eval_every: int = 0  # steps between two evaluations, where the length is in steps
-    epoch_images: int = 0  # images an epoch, repeats included; 0 for as many as there are
-    repeats: int = 1  # times an image appears in an epoch (repeated augmentation)
-    hold_out: float = 0.0  # share of the training images to choose by, where there is no val split
+    samples_per_epoch: int = 0  # images an epoch, repeats included; 0 for as many as there are
+    aug_repeats: int = 1  # times an image appears in an epoch (repeated augmentation)
+    valid_pct: float = 0.0  # share of the training images to choose by, where there is no val split
 
 # %% ../../nbs/training/00_plan.ipynb #3ac81fd5
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Start:
 
     drop: float = 0.0  # dropout
     drop_path: float = 0.1  # stochastic depth
-    vit_dropout: float = 0.0  # ViT-pytorch's, on embeddings and inside the MLPs
+    dropout_rate: float = 0.0  # ViT-pytorch's, on embeddings and inside the MLPs
     freeze: tuple = ()  # patterns of parameter names that do not train
     head: str = 'auto'  # of a checkpoint: auto, keep, new or zero
     resize: str = 'bicubic'  # of position embeddings: bicubic, bilinear or bilinear_corners
@@ -45,22 +45,24 @@ class Start:
 class Optimisation:
     "How the weights move."
 
-    optimizer: str = 'adamw'  # a timm optimizer
+    opt: str = 'adamw'  # a timm optimizer
     lr: float = 1e-3  # peak learning rate
     weight_decay: float = 0.05
-    decay_all: bool = False  # weight decay on biases, norms and embeddings too
+    filter_bias_and_bn: bool = True  # no weight decay on biases, norms and embeddings
     momentum: float = 0.9
-    betas: tuple = ()  # of Adam and its kin; the optimizer's own if empty
-    eps: float = 0.0  # likewise, 0 for the optimizer's own
-    clip: float = 0.0  # limit of the gradient; 0 for none
+    opt_betas: tuple = ()  # of Adam and its kin; the optimizer's own if empty
+    opt_eps: float = 0.0  # likewise, 0 for the optimizer's own
+    clip_grad: float = 0.0  # limit of the gradient; 0 for none
     clip_mode: str = 'norm'  # norm, value or agc (adaptive)
-    accumulate: int = 1  # parts of a batch that are computed one after the other
-    ema: float = 0.0  # decay of averaged weights, which are then evaluated; 0 for none
-    ema_dynamic: bool = False  # COYO-ViT's average: decay (1 + t) / (10 + t) at most, from zero
+    grad_accum_steps: int = 1  # parts of a batch that are computed one after the other
+    model_ema_decay: float = 0.0  # decay of averaged weights, which are then evaluated; 0 for none
+    model_ema_warmup: bool = (
+        False  # COYO-ViT's average: decay (1 + t) / (10 + t) at most, from zero
+    )
     loss: str = 'softmax'  # softmax, bce (a sigmoid a class), jsd (with aug_splits)
     precision: str = 'float32'  # float32, bfloat16 or float16
     channels_last: bool = False  # memory order of images and weights
-    compile: str = ''  # backend of torch.compile, for example inductor; '' for none
+    torchcompile: str = ''  # backend of torch.compile, for example inductor; '' for none
     sync_bn: bool = False  # batch norm over all processes (GPUs)
 
 # %% ../../nbs/training/00_plan.ipynb #9f28d1a2
@@ -68,8 +70,8 @@ class Optimisation:
 class Schedule:
     "How the learning rate moves."
 
-    schedule: str = 'cosine'  # a timm schedule, or {vitpytorch,coyo}_{cosine,linear}
-    per_step: bool = True  # the schedule moves every step, not every epoch
+    sched: str = 'cosine'  # a timm schedule, or {vitpytorch,coyo}_{cosine,linear}
+    sched_on_updates: bool = True  # the schedule moves every step, not every epoch
     warmup_epochs: int = 5
     warmup_steps: int = 0
     warmup_lr: float = 1e-4  # learning rate the warm-up starts from
@@ -77,13 +79,13 @@ class Schedule:
     cooldown_epochs: int = 0  # at the end, at the lowest rate
     decay_epochs: float = 90  # step: epochs from one fall to the next
     decay_rate: float = 0.1  # step, plateau: factor of a fall
-    patience: int = 10  # plateau: epochs without progress before a fall
-    noise: tuple = ()  # shares of the schedule where noise begins and ends
-    noise_pct: float = 0.67  # limit of the noise, as a share
-    noise_std: float = 1.0
-    cycle_mul: float = 1.0  # length of a cycle to the one before
-    cycle_decay: float = 0.5  # peak of a cycle to the one before
-    cycle_limit: int = 1  # cycles
+    patience_epochs: int = 10  # plateau: epochs without progress before a fall
+    lr_noise: tuple = ()  # shares of the schedule where noise begins and ends
+    lr_noise_pct: float = 0.67  # limit of the noise, as a share
+    lr_noise_std: float = 1.0
+    lr_cycle_mul: float = 1.0  # length of a cycle to the one before
+    lr_cycle_decay: float = 0.5  # peak of a cycle to the one before
+    lr_cycle_limit: int = 1  # cycles
 
 # %% ../../nbs/training/00_plan.ipynb #81d51d13
 @dataclass(frozen=True)
@@ -93,23 +95,25 @@ class Recipe(Data, Start, Optimisation, Schedule, Augmentation, Mixing):
     name: str = ''
     paper: str = ''
     cost: str = ''  # as published, or estimated from it
-    published: dict = field(default_factory=dict)  # data set → fine-tuned top-1 in percent
-    best_by: str = 'last'  # the best checkpoint by: loss (training), top1 (val), top1_test, last
+    reported: dict = field(default_factory=dict)  # data set → fine-tuned top-1 in percent
+    eval_metric: str = (
+        'last'  # the best checkpoint by: loss (training), top1 (val), top1_test, last
+    )
 
     @property
     def expected(self) -> str:
-        return ', '.join(f'{k} {v}' for k, v in self.published.items())
+        return ', '.join(f'{k} {v}' for k, v in self.reported.items())
 
 # %% ../../nbs/training/00_plan.ipynb #143b50a3
 CHOICES = dict(
     loss=('softmax', 'bce', 'jsd'),
     precision=('float32', 'bfloat16', 'float16'),
     clip_mode=('norm', 'value', 'agc'),
-    best_by=('loss', 'top1', 'top1_test', 'last'),
-    mix_mode=('batch', 'pair', 'elem', 'reversed'),
-    crop_kind=('timm', 'inception'),
+    eval_metric=('loss', 'top1', 'top1_test', 'last'),
+    mixup_mode=('batch', 'pair', 'elem', 'reversed'),
+    train_crop_mode=('timm', 'inception'),
     crop_mode=('center', 'squash', 'border'),
-    erasing_mode=('pixel', 'rand', 'const'),
+    remode=('pixel', 'rand', 'const'),
 )
 
 
@@ -122,9 +126,10 @@ def checked(r: Recipe) -> Recipe:
                 f'{name}={value!r} is not known; choose {", ".join(known)}'
                 + did_you_mean(str(value), known)
             )
-    if r.accumulate < 1 or r.batch % r.accumulate:
+    if r.grad_accum_steps < 1 or r.batch_size % r.grad_accum_steps:
         raise ValueError(
-            f'accumulate={r.accumulate} does not divide batch={r.batch}; choose a divisor'
+            f'grad_accum_steps={r.grad_accum_steps} does not divide batch_size={r.batch_size}; '
+            'choose a divisor'
         )
     if (r.loss == 'jsd') != bool(r.aug_splits):
         raise ValueError(
@@ -136,16 +141,17 @@ def checked(r: Recipe) -> Recipe:
             f'aug_splits={r.aug_splits} with mixup={r.mixup}, cutmix={r.cutmix}: views of an '
             'image cannot be mixed; set both to 0'
         )
-    if r.steps % (r.eval_every or 1):
+    if r.max_steps % (r.eval_every or 1):
         raise ValueError(
-            f'steps={r.steps} is no multiple of eval_every={r.eval_every}; choose one that is'
+            f'max_steps={r.max_steps} is no multiple of eval_every={r.eval_every}; '
+            'choose one that is'
         )
     return r
 
 # %% ../../nbs/training/00_plan.ipynb #f7cf9b31
 def in_epochs(r: Recipe) -> Recipe:
     "A recipe in steps as the same one in epochs of `eval_every` steps; others as they are."
-    if not r.steps:
+    if not r.max_steps:
         return r
-    every = r.eval_every or r.steps
-    return replace(r, epochs=r.steps // every, epoch_images=every * r.batch)
+    every = r.eval_every or r.max_steps
+    return replace(r, epochs=r.max_steps // every, samples_per_epoch=every * r.batch_size)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUN', 'FREE', 'EXPORTED', 'RECORDS', 'LOADS_FILES', 'read_recipe', 'open_splits', 'make_model', 'make_loaders',
-           'WandbLog', 'many_labels', 'judges', 'make_callbacks', 'train', 'go_on', 'chosen_model', 'finish',
+           'WandbLog', 'many_labels', 'judges', 'make_callbacks', 'train', 'continue_run', 'chosen_model', 'finish',
            'run_training', 'read_result', 'recorded', 'record_failure', 'checkpoint_settings', 'architecture_of']
 
 # %% ../../nbs/training/08_training.ipynb #41f87078
@@ -16,9 +16,9 @@ from fastai.callback.core import Callback
 from timm.utils import unwrap_model
 from ..data.augment import eval_transform, train_transform
 from ..models.checkpoints import export_model, load_weights, read_checkpoint
-from ..data.loading import EpochBatches, as_images, eval_loader, hold_out
+from ..data.loading import EpochBatchSampler, as_images, eval_loader, hold_out
 from ..data.datasets import is_here, named_dataset, open_dataset
-from .distributed import found_ranks, join, launch, rank, world
+from .distributed import found_ranks, join, launch, get_rank, get_world_size
 from .evaluate import evaluate
 from fdsl_nb.core.folder import (
     RunFolder,
@@ -31,7 +31,7 @@ from fdsl_nb.core.folder import (
     set_aside,
     set_status,
     set_stopped,
-    whole_file,
+    atomic_write,
     write_config,
 )
 from .learner import fdsl_learner
@@ -39,7 +39,14 @@ from .multilabel import MultiLabelCounter, MultiLabelLoss, evaluate_labels
 from ..models.google import vit_pytorch_dropout
 from ..models.models import create_model, freeze
 from .plan import Recipe, checked, in_epochs
-from .saving import Pause, Records, Recovery, SaveInputs, latest, restore
+from fdsl_nb.training.saving import (
+    Pause,
+    SaveCheckpoints,
+    SaveRecovery,
+    SaveImages,
+    latest,
+    restore,
+)
 
 # %% ../../nbs/training/08_training.ipynb #be6f9a80
 RUN = dict(
@@ -50,12 +57,12 @@ RUN = dict(
     workers=0,  # worker processes that load images, for each process
     processes=1,
     stage='pretrain',  # pretrain or finetune
-    history=0,  # epochs of which a checkpoint is kept
-    hold=0,  # every so many epochs a checkpoint stays for good
-    recovery=0,  # steps between checkpoints within an epoch
+    checkpoint_hist=0,  # epochs of which a checkpoint is kept
+    interval_saved_epochs=0,  # every so many epochs a checkpoint stays for good
+    recovery_interval=0,  # steps between checkpoints within an epoch
     pause=0,  # epochs of this session; 0 for all
     export=True,  # writes `model/`, for timm
-    save_inputs=False,  # writes the first batch as a picture
+    save_images=False,  # writes the first batch as a picture
     wandb_mode='offline',  # offline, online or disabled
     wandb_entity='',
     wandb_project='fdsl',
@@ -73,10 +80,10 @@ def read_recipe(config: dict) -> Recipe:
 # %% ../../nbs/training/08_training.ipynb #af6c15c4
 def open_splits(config: dict) -> dict:
     "The data set's splits that exist, by name; `ValueError` if classes differ between them."
-    knobs, where = config.get('knobs') or {}, config.get('data') or ''
+    knobs, where = config.get('knobs') or {}, config.get('data_dir') or ''
     splits = {}
     for s in ('train', 'val', 'test'):
-        images = open_dataset(config['dataset'], s, data=where, **knobs)
+        images = open_dataset(config['dataset'], s, data_dir=where, **knobs)
         if images is not None:
             splits[s] = images
     for s, images in splits.items():
@@ -86,8 +93,8 @@ def open_splits(config: dict) -> dict:
                 f"dataset={config['dataset']!r}: class {odd!r} is not in both train and {s}; "
                 'the splits must have the same class folders'
             )
-    if config.get('hold_out') and 'val' not in splits:
-        splits['train'], splits['val'] = hold_out(splits['train'], config['hold_out'])
+    if config.get('valid_pct') and 'val' not in splits:
+        splits['train'], splits['val'] = hold_out(splits['train'], config['valid_pct'])
     return splits
 
 # %% ../../nbs/training/08_training.ipynb #2e29ed22
@@ -99,13 +106,13 @@ def make_model(
     r = read_recipe(config)
     drops = {k: v for k, v in dict(drop_path_rate=r.drop_path, drop_rate=r.drop).items() if v}
     model = create_model(
-        r.model, classes, r.image_size, seed=config['seed'], **drops, **r.model_options
+        r.model, classes, r.img_size, seed=config['seed'], **drops, **r.model_kwargs
     )
     loaded = None
     if config['weights']:
         loaded = load_weights(model, config['weights'], head=r.head, resize=r.resize)
-    if r.vit_dropout:
-        vit_pytorch_dropout(model, r.vit_dropout)
+    if r.dropout_rate:
+        vit_pytorch_dropout(model, r.dropout_rate)
     if r.freeze:
         freeze(model, *r.freeze)
     return model, loaded
@@ -113,17 +120,23 @@ def make_model(
 # %% ../../nbs/training/08_training.ipynb #ccf4e7e2
 def _eval_loader(config, images):
     transform = eval_transform(read_recipe(config))
-    return eval_loader(images, transform, 256, rank(), world(), config['workers'])
+    return eval_loader(images, transform, 256, get_rank(), get_world_size(), config['workers'])
 
 
 def make_loaders(config: dict, splits: dict) -> tuple:  # (training loader, validation loader)
     "The loaders of this process; the second is empty if there is nothing to choose by."
     r, images = read_recipe(config), as_images(splits['train'])
-    batches = EpochBatches(
-        len(images), r.batch, config['seed'], rank(), world(), r.repeats, r.epoch_images or None
+    batches = EpochBatchSampler(
+        len(images),
+        r.batch_size,
+        config['seed'],
+        get_rank(),
+        get_world_size(),
+        r.aug_repeats,
+        r.samples_per_epoch or None,
     )
     train = images.train_loader(train_transform(r), batches, config['workers'])
-    choose = 'test' if r.best_by == 'top1_test' else 'val'
+    choose = 'test' if r.eval_metric == 'top1_test' else 'val'
     return train, _eval_loader(config, splits[choose]) if choose in splits else ()
 
 # %% ../../nbs/training/08_training.ipynb #779879d2
@@ -177,14 +190,14 @@ def judges(splits: dict, r: Recipe) -> dict:  # `loss` and `counter`, or nothing
 def make_callbacks(config: dict, folder: RunFolder) -> list:
     "The callbacks that keep a run's records."
     c = config
-    cbs = [Records(folder, c, c['history'], c['hold'])]
-    if c['recovery']:
-        cbs.append(Recovery(folder, c, c['recovery']))
+    cbs = [SaveCheckpoints(folder, c, c['checkpoint_hist'], c['interval_saved_epochs'])]
+    if c['recovery_interval']:
+        cbs.append(SaveRecovery(folder, c, c['recovery_interval']))
     if c['pause']:
         cbs.append(Pause(c['pause']))
-    if c['save_inputs']:
-        cbs.append(SaveInputs(folder, read_recipe(c)))
-    if rank() == 0 and c['wandb_mode'] != 'disabled':
+    if c['save_images']:
+        cbs.append(SaveImages(folder, read_recipe(c)))
+    if get_rank() == 0 and c['wandb_mode'] != 'disabled':
         cbs.append(WandbLog(folder, c))
     return cbs
 
@@ -208,11 +221,15 @@ def train(
             **judges(splits, r),
             cbs=make_callbacks(config, folder),
         )
-        if rank() == 0:
+        if get_rank() == 0:
             log_event(
-                folder, 'start', processes=world(), device=str(device), weights=str(loaded or '')
+                folder,
+                'start',
+                processes=get_world_size(),
+                device=str(device),
+                weights=str(loaded or ''),
             )
-        go_on(learn, folder)
+        continue_run(learn, folder)
         learn.fit(r.epochs)
         done = dict(
             epochs=learn.row['epoch'] + 1, train_loss=learn.row['train_loss'], paused=learn.paused
@@ -221,13 +238,13 @@ def train(
         return found | done | dict(seconds=round(time.time() - started, 1))
 
 # %% ../../nbs/training/08_training.ipynb #ad4fe394
-def go_on(learn, folder: RunFolder):
+def continue_run(learn, folder: RunFolder):
     "Continues from the folder's latest checkpoint, and adds a row that a kill left unwritten."
     path = latest(folder)
     if path is None:
         return
     row = restore(learn, path)
-    if rank():
+    if get_rank():
         return
     if row:
         add_epoch(folder, row)
@@ -247,7 +264,7 @@ def chosen_model(learn, folder: RunFolder):
     "The network with the weights that the recipe chooses: averaged or not, best epoch or last."
     model = learn.average.module if learn.average else unwrap_model(learn.model)
     best = folder.file('model_best.pth.tar')
-    if learn.recipe.best_by != 'last' and best.exists():
+    if learn.recipe.eval_metric != 'last' and best.exists():
         entry = 'state_dict_ema' if learn.average else 'state_dict'
         model.load_state_dict(read_checkpoint(best)[entry])
     return model
@@ -264,7 +281,7 @@ def _export(model, r, config, folder):
             mean=r.mean,
             std=r.std,
             interpolation=r.interpolation,
-            crop_pct=r.crop,
+            crop_pct=r.crop_pct,
             crop_mode=r.crop_mode,
         ),
     )
@@ -274,7 +291,7 @@ def finish(learn, config, splits, device) -> dict:
     "Exports and evaluates the chosen network; the counts on the test split, else validation split."
     folder = RunFolder(config['folder'])
     model = chosen_model(learn, folder)
-    if config['export'] and rank() == 0:
+    if config['export'] and get_rank() == 0:
         _export(model, learn.recipe, config, folder)
     split = next((s for s in ('test', 'val') if s in splits), None)
     if split is None:
@@ -316,7 +333,7 @@ def run_training(
     folder, ranks = RunFolder(values['folder']), found_ranks()
     if ranks and ranks['rank']:
         return _beside_process_0(folder, values)
-    reads = [values[k] for k in ('weights', 'dataset', 'data') if values.get(k)]
+    reads = [values[k] for k in ('weights', 'dataset', 'data_dir') if values.get(k)]
     if values['restart']:
         set_aside(folder, reads)
     refuse_other_run(folder, values, FREE, _may_replace(folder, reads))
@@ -358,7 +375,7 @@ def recorded(folder: RunFolder, config: dict, values: dict) -> dict:
         if result['paused']:
             set_status(folder, 'paused', epoch=result['epochs'])
             return result
-        with whole_file(folder.output('result.json'), 'w') as f:
+        with atomic_write(folder.output('result.json'), 'w') as f:
             json.dump(result, f)
         set_status(folder, 'done')
         return result
@@ -372,7 +389,7 @@ def record_failure(folder: RunFolder, e: BaseException):
     ranks = found_ranks()
     if ranks and folder.status.get('state') in ('failed', 'interrupted'):
         return  # as written: where process 0 was killed, nobody wrote
-    set_stopped(folder, e, f"process {ranks['rank']} of {ranks['world']}: " if ranks else '')
+    set_stopped(folder, e, f"process {ranks['rank']} of {ranks['world_size']}: " if ranks else '')
 
 # %% ../../nbs/training/08_training.ipynb #e2f0f160
 LOADS_FILES = (  # of timm's create_model
@@ -412,9 +429,9 @@ def _is_a_place_here(value):
 
 _MAY_BE = dict(
     model=_is_plain_model,
-    model_options=_are_plain_options,
+    model_kwargs=_are_plain_options,
     knobs=_are_plain_knobs,
-    data=_is_a_place_here,
+    data_dir=_is_a_place_here,
 )
 
 # %% ../../nbs/training/08_training.ipynb #26fa5adf
@@ -425,7 +442,7 @@ def checkpoint_settings(
     "The settings that one of our checkpoints records; `ValueError` for one that is not plain."
     # other programs keep a dict in `args`, or nothing
     found = getattr(read_checkpoint(weights).get('args'), '__dict__', {})
-    if 'model_options' not in found:
+    if 'model_kwargs' not in found:
         return {}
     place = f'weights={Path(weights).name!r}'
     for name, holds in _MAY_BE.items():
@@ -441,9 +458,9 @@ def checkpoint_settings(
 
 def architecture_of(
     weights: str,  # a checkpoint file, or an address of an exported model
-) -> dict:  # model, model_options, image_size; empty for other checkpoints and addresses
+) -> dict:  # model, model_kwargs, img_size; empty for other checkpoints and addresses
     "The architecture that one of our checkpoints records."
     if str(weights).startswith(('local-dir:', 'hf-hub:')):
         return {}
-    found = checkpoint_settings(weights, ('dataset', 'data', 'knobs'))
-    return {k: found[k] for k in ('model', 'model_options', 'image_size') if k in found}
+    found = checkpoint_settings(weights, ('dataset', 'data_dir', 'knobs'))
+    return {k: found[k] for k in ('model', 'model_kwargs', 'img_size') if k in found}
