@@ -53,6 +53,7 @@ style: env      ## how the notebooks are written, in numbers: cells, widths, pro
 	$(BIN)/python tests/style.py
 
 prepare: env    ## before a commit: clean the notebooks, then write the modules they export
+	$(BIN)/python -c 'from fdsl_nb.app.parameters import record_defaults; record_defaults()'
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 

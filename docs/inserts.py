@@ -4,6 +4,7 @@ Tables of knobs, recipes and parameters, contents of the book, and sliders that 
 """
 
 import base64
+import csv
 import importlib
 import json
 import re
@@ -19,7 +20,7 @@ from PIL import Image
 from fdsl_nb.app.explore import png_bytes, tiled
 from fdsl_nb.formulas.formula import formula, formula_class, knobs as knobs_of
 from fdsl_nb.training.recipes import FINETUNE, PRETRAIN, Recipe
-from fdsl_nb.app.parameters import read_parameters, run_notebooks
+from fdsl_nb.app.parameters import parameter_limits, read_parameters, run_notebooks
 from fdsl_nb.core.settings import DEFAULTS
 from house import range_of
 
@@ -170,30 +171,60 @@ def one_recipe(r, stage):
     values = {
         f.name: getattr(r, f.name)
         for f in fields(r)
-        if f.name not in ('name', 'paper', 'cost', 'reported')
+        if f.name not in ('name', 'paper', 'cost', 'reported', 'source')
     }
     own = [
         (f'`{k}`', code(v))
         for k, v in values.items()
         if v != plain[k] or k in ('dataset', 'model', 'epochs', 'batch_size', 'lr')
     ]
-    reported = f'Published: {published(r)} %' if published(r) else ''
+    reported = f'Published: {published(r)} % ({r.source})' if published(r) else ''
     about = '. '.join(w for w in (r.paper, r.cost, reported) if w)
     command = f'fdsl run {stage} -p recipe {r.name} -p dataset {r.dataset} -p budget paper'
     title = f'({anchor(r)})=\n### `{r.name}`'
     return '\n\n'.join([title, f'{about}.', f'```\n{command}\n```', table(('value', ''), own)])
 
 
+def deviations():
+    "Where a recipe does something else than its record."
+    with (HERE / 'deviations.csv').open() as f:
+        head, *rows = csv.reader(f)
+    return table(head, [(code(r[0]), code(r[1]), *r[2:]) for r in rows])
+
+
+def records():
+    "Every record: its recipe, its program and the lines of its command."
+    by_record = {r.record: r.name for r in [*PRETRAIN, *FINETUNE]}
+    found = json.loads((HERE.parent / 'tests/golden/recipes_published.json').read_text())
+    rows = [
+        (
+            code(r['name']),
+            f'[`{by_record[r["name"]]}`](recipes.md#{by_record[r["name"]].replace("_", "-")})',
+            f'{r["repository"]}, {r["file"]}: {r["source"]}'.replace('|', '/'),
+        )
+        for r in found
+    ]
+    return table(('record', 'recipe', 'program and command'), rows)
+
+
 # Runs and machines
+
+
+def allowed(limits):
+    "What a value may be, for a cell of a table."
+    if limits is None:
+        return ''
+    return ' '.join(map(code, limits.choices)) or str(limits)
 
 
 def parameters(notebook):
     "What a run notebook may be asked."
+    limits = parameter_limits(notebook)
     rows = [
-        (f'`{p.name}`', p.type.__name__, code(p.default), p.help)
+        (f'`{p.name}`', p.type.__name__, code(p.default), allowed(limits.get(p.name)), p.help)
         for p in read_parameters(notebook).values()
     ]
-    return table(('parameter', 'type', 'default', 'what it is'), rows)
+    return table(('parameter', 'type', 'default', 'range or choices', 'what it is'), rows)
 
 
 def notebooks():
@@ -209,13 +240,13 @@ def notebooks():
 def settings():
     "Machine settings: where each is written."
     return table(
-        ('`settings.ini`', 'environment', 'default', 'choices'),
+        ('`settings.ini`', 'environment', 'default', 'range or choices'),
         [
             (
                 f'`[{d.section}] {d.key}`',
                 f'`{d.variable}`',
                 code(d.value),
-                ' '.join(map(code, d.choices)),
+                allowed(d.limits),
             )
             for d in DEFAULTS
         ],
@@ -305,7 +336,7 @@ CONTENTS = {
         'reproduced',
         'publish',
     ),
-    'Look up': ('recipes', 'parameters', 'book', 'reference'),
+    'Look up': ('recipes', 'records', 'parameters', 'book', 'reference'),
     'Contribute': ('contributing', 'house', 'changelog'),
 }
 

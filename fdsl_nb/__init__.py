@@ -1,6 +1,8 @@
-"""Formula-driven supervised learning.
+"""A notebook-first reproducibility kit for formula-driven supervised learning
 
-The names most used are offered here; each is imported when it is first asked for."""
+Modules:
+
+- `fdsl_nb.data.fast_augment`: timm's training transform for grey images in compiled kernels: the same draws, the same bits."""
 
 import hashlib
 import importlib

@@ -29,7 +29,7 @@ from fdsl_nb.build.source import parameter_table
 from fdsl_nb.build.parquet import export_parquet, features, part_file
 from fdsl_nb.app.runs import configuration
 from fdsl_nb.core.settings import Resolved
-from fdsl_nb.data.shards import BuiltDataset, Plan, Shuffle, decode, encode
+from fdsl_nb.data.shards import BuiltDataset, Plan, Shuffle, decode, encode, metadata_folder
 from fdsl_nb.data.streams import ShardStream, share, spans, stream_loader
 from fdsl_nb.training.training import run_training
 from fdsl_nb.build.verify import repair, verify
@@ -56,12 +56,25 @@ def rgb(image):
     return np.array(image.convert('RGB'))  # a data set may hand out grey images or RGB ones
 
 
+ABOUT = 'about/'  # before the names of what lies beside the images
+
+
 def contents(folder):
+    "Checksum of every file of a build, images and metadata."
+    folders = {'': Path(folder), ABOUT: metadata_folder(folder)}
     return {
-        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(Path(folder).rglob('*'))
+        f'{where}{p.relative_to(root).as_posix()}': hashlib.sha256(p.read_bytes()).hexdigest()
+        for where, root in folders.items()
+        for p in sorted(root.rglob('*'))
         if p.is_file()
     }
+
+
+def place(folder, name):
+    "Where a file of `contents` is."
+    if name.startswith(ABOUT):
+        return metadata_folder(folder) / name.removeprefix(ABOUT)
+    return Path(folder) / name
 
 
 pytestmark = pytest.mark.usefixtures('own_data_root')
@@ -143,8 +156,6 @@ def test_webdataset_reads_the_shards(shards):
 
 def test_torchvision_reads_the_folders(tmp_path):
     make(tmp_path / 'out', layout='plain')
-    for name in ('manifest.json', 'manifest.csv'):
-        (tmp_path / 'out' / name).rename(tmp_path / name)
     assert [(Path(p).name, c) for p, c in ImageFolder(tmp_path / 'out').samples] == [
         (f'{c:05d}_{k:04d}.png', c) for c in range(6) for k in range(20)
     ]
@@ -207,9 +218,9 @@ def test_a_data_set_object_is_written_and_mended_by_whoever_has_it(tmp_path, arr
     assert back.classes == Own.classes and sorted(
         (np.array(x)[0, 0], y) for x, y in (back[i] for i in range(30))
     ) == [(7 * i, i % 2) for i in range(30)]
-    assert json.loads((tmp_path / 'out' / 'manifest.json').read_text())['source'] == dict(
-        object=f'{__name__}:Own', length=30
-    )
+    assert json.loads((metadata_folder(tmp_path / 'out') / 'manifest.json').read_text())[
+        'source'
+    ] == dict(object=f'{__name__}:Own', length=30)
     next(
         (tmp_path / 'out').rglob('*.tar' if arrangement['layout'] == 'shards' else '*_0003.png')
     ).unlink()
@@ -235,9 +246,8 @@ def test_a_data_set_object_goes_to_other_processes_or_says_why_not(tmp_path):
         ):
             build(Own(lambda x: x), tmp_path / 'lambda', executor=pool, progress=quiet)
     build('digits', tmp_path / 'name', 'val', workers=0, progress=quiet, layout='shards')
-    assert (tmp_path / 'object' / 'manifest.csv').read_text() == (
-        tmp_path / 'name' / 'manifest.csv'
-    ).read_text()
+    lines = [metadata_folder(tmp_path / n) / 'manifest.csv' for n in ('object', 'name')]
+    assert lines[0].read_text() == lines[1].read_text()
 
 
 @pytest.mark.parametrize(
@@ -350,7 +360,7 @@ def test_a_stopped_build_continues(tmp_path, arrangement, monkeypatch):
     with pytest.raises(ValueError, match='not finished'):
         open_dataset(str(tmp_path / 'out'))
     # what a kill leaves: a line cut short, a part nobody vouches for, drafts
-    with open(tmp_path / 'out' / '.done.jsonl', 'a') as f:
+    with open(metadata_folder(tmp_path / 'out') / '.done.jsonl', 'a') as f:
         f.write('[3, "SHA')
     (
         tmp_path / 'out' / f'.{Path(make_plan(SMALL, **arrangement).part(1)).name}.x1x1x1x1'
@@ -480,7 +490,7 @@ def test_other_versions_do_not_continue_a_build(tmp_path, monkeypatch):
 
 def test_two_builds_at_once_are_refused(tmp_path):
     def progress(*_):
-        with pytest.raises(ValueError, match='another process is building there'):
+        with pytest.raises(ValueError, match=f'being written by process {os.getpid()} on host'):
             make(tmp_path / 'out')
 
     build(SMALL, tmp_path / 'out', workers=0, progress=progress)
@@ -641,10 +651,10 @@ def test_any_flipped_byte_is_found_and_mended(tmp_path, arrangement):
     files = [
         name
         for name in before
-        if name.endswith(('.png', '.zst', '.tar', '.idx')) and name != 'contact_sheet.png'
+        if name.endswith(('.png', '.zst', '.tar', '.idx')) and name != f'{ABOUT}contact_sheet.png'
     ]
     for name in chance.sample(files, min(len(files), 4)):
-        path = tmp_path / 'out' / name
+        path = place(tmp_path / 'out', name)
         data = bytearray(path.read_bytes())
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         path.write_bytes(data)
@@ -682,11 +692,11 @@ def test_missing_and_stray_files(tmp_path, arrangement):
     files = [
         name
         for name in before
-        if name.endswith(('.png', '.zst', '.tar', '.idx')) and name != 'contact_sheet.png'
+        if name.endswith(('.png', '.zst', '.tar', '.idx')) and name != f'{ABOUT}contact_sheet.png'
     ][:2]
     files += [name for name in before if name.endswith('.idx')][-1:]  # of a shard that is there
-    for name in (*files, 'README.md'):
-        (tmp_path / 'out' / name).unlink()
+    for name in (*files, f'{ABOUT}README.md'):
+        place(tmp_path / 'out', name).unlink()
     strays = (
         ['cat.jpg']
         if arrangement['layout'] == 'shards'
@@ -720,11 +730,7 @@ def test_repair_with_other_programs_says_so(tmp_path, monkeypatch):
 
 def test_zip_and_tar_are_the_folder(tmp_path):
     make(tmp_path / 'plain')
-    folder = (
-        ImageFolder(tmp_path / 'plain')
-        if not any((tmp_path / 'plain' / n).unlink() for n in ('manifest.json', 'manifest.csv'))
-        else None
-    )
+    folder = ImageFolder(tmp_path / 'plain')
     with (
         zipfile.ZipFile(tmp_path / 'a.zip', 'w', zipfile.ZIP_DEFLATED) as z,
         tarfile.open(tmp_path / 'a.tar', 'w') as tar,
@@ -785,11 +791,12 @@ def test_the_checksum_over_the_pixels_is_checked():
 def test_a_lost_index_is_no_loss(shards, tmp_path):
     one = BuiltDataset(shards)
     expected = [one.read(i) for i in range(0, 120, 7)]
-    (shards / 'index').rename(tmp_path / 'index')
+    index = metadata_folder(shards) / 'index'
+    index.rename(tmp_path / 'index')
     try:
         assert [one.read(i) for i in range(0, 120, 7)] == expected
     finally:
-        (tmp_path / 'index').rename(shards / 'index')
+        (tmp_path / 'index').rename(index)
 
 
 @pytest.mark.process
@@ -874,7 +881,8 @@ def test_shares_cover_an_epoch_for_any_numbers():
 @pytest.mark.parametrize('workers', [0, 2])
 def test_damaged_records_are_named_or_counted(shards, tmp_path, workers):
     copy = tmp_path / 'copy'
-    subprocess.run(['cp', '-r', shards, copy], check=True)
+    shutil.copytree(shards, copy)
+    shutil.copytree(metadata_folder(shards), metadata_folder(copy))
     data = bytearray((copy / 'SHARDS-000002.tar').read_bytes())
     data[1700] ^= 1
     (copy / 'SHARDS-000002.tar').write_bytes(data)

@@ -161,7 +161,6 @@ def test_archive_by_hand(small, tmp_path):
     shutil.copy(tmp_path / 'whole' / small.filename, tmp_path / 'hand')
     assert len(open_cifar('cifar10', 'test', tmp_path / 'hand')) == 20
     assert sorted(f.name for f in (tmp_path / 'hand').iterdir()) == [
-        f'.{small.base_folder}.lock',
         small.filename,
         small.base_folder,
     ]
@@ -224,17 +223,14 @@ def test_download_once_however_many_ask(small, server, tmp_path):
             )
         )
     assert found == [50, 10, 20, 20] and len(server) == 1
-    assert sorted(f.name for f in (tmp_path / 'new').iterdir()) == [
-        f'.{small.base_folder}.lock',
-        small.base_folder,
-    ]
+    assert [f.name for f in (tmp_path / 'new').iterdir()] == [small.base_folder]
 
 
 def test_download_of_something_else(small, server, tmp_path):
     small.tgz_md5 = '0' * 32
     with pytest.raises(FileNotFoundError, match='could not be downloaded'):
         open_cifar('cifar10', 'test', tmp_path / 'new')
-    assert [f.name for f in (tmp_path / 'new').iterdir()] == [f'.{small.base_folder}.lock']
+    assert not list((tmp_path / 'new').iterdir())
 
 
 def test_what_a_kill_left_is_cleared(small, server, tmp_path):

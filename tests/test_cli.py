@@ -45,7 +45,9 @@ def typed(*words, folder=None, **environment):
     'words, expected',
     (
         (['--version'], [f'fdsl {fdsl_nb.__version__}']),
-        (['--help'], ['usage: fdsl', 'run', 'recipes', 'compare']),
+        (['--help'], ['usage: fdsl', 'run', 'notebooks', 'explore', 'recipes', 'compare']),
+        (['notebooks', '--help'], ['usage: fdsl notebooks', 'FOLDER']),
+        (['explore', '--help'], ['usage: fdsl explore', '--no-browser', 'OPTION']),
         (['run', '--help'], ['usage: fdsl run NAME', *run_notebooks(), *run_notebooks().values()]),
         (['recipes', '--help'], ['usage: fdsl recipes']),
         (
@@ -95,6 +97,8 @@ def test_help_is_help_wherever_it_stands():
         (['recipes', 'a', 'b'], 'unrecognized arguments: b'),
         (['run', 'pretrain', '--epochs', '3'], 'No such option'),
         (['run', 'pretrain', '-p', 'epochs'], 'requires 2 arguments'),
+        (['run', 'pretrain', 'out.ipynb'], "unexpected 'out.ipynb'; the output path is chosen"),
+        (['notebooks'], 'the following arguments are required: FOLDER'),
     ),
     ids=lambda w: ' '.join(w) if isinstance(w, list) else '',
 )
@@ -121,6 +125,14 @@ def test_what_is_not_understood_ends_with_2(words, expected, tmp_path):
             ['run', 'pretrain', '-p', 'restart', 'perhaps'],
             "restart='perhaps' should be of type bool",
         ),
+        (['run', 'pretrain', '-p', 'dataset', 'rcbd'], "dataset='rcbd' is not known"),
+        (['run', 'pretrain', '-p', 'budget', 'papr'], "did you mean 'paper'?"),
+        (
+            ['run', 'pretrain', '-p', 'recipe', 'rcdb1k_deit_tny'],
+            "recipe='rcdb1k_deit_tny' is not a pretrain recipe; did you mean 'rcdb1k_deit_tiny'?",
+        ),
+        (['run', 'pretrain', '-y', 'options: {grad_acum_steps: 4}'], "'grad_accum_steps'?"),
+        (['run', 'missing.ipynb'], "notebook='missing.ipynb' is not a file"),
         (['run', 'pretrain', '-y', 'epochs: [3'], '-y is no YAML'),
         (['run', 'pretrain', '-y', 'epochs'], "-y 'epochs' names no parameter"),
         (['run', 'pretrain', '-f', 'missing.yaml'], 'missing.yaml'),
@@ -243,6 +255,82 @@ def test_importing_the_package_is_light_and_its_names_are_there():
         in_python_import('nothing')
 
 
+@pytest.mark.process
+def test_ranks_and_collections_are_those_of_the_modules_that_are_not_imported():
+    from fdsl_nb.app.cli import _RANKS
+    from fdsl_nb.app.parameters import _COLLECTIONS, known_datasets
+    from fdsl_nb.data.datasets import COLLECTIONS, known_collections
+    from fdsl_nb.formulas.formula import formulas
+    from fdsl_nb.training.distributed import LAUNCHERS
+
+    assert _RANKS == {rank for _, rank, _, _ in LAUNCHERS}
+    assert set(_COLLECTIONS) == set(COLLECTIONS), 'correct _COLLECTIONS in app/00_parameters'
+    assert set(known_datasets()) <= {*formulas(), *known_collections()}
+
+
+# Notebooks to edit, and the explorer
+
+
+def test_notebooks_are_copied_and_nothing_is_replaced(tmp_path, capsys):
+    from fdsl_nb.app.cli import main
+
+    main(['notebooks', str(tmp_path / 'my')])
+    names = {p.name for p in (tmp_path / 'my').iterdir()}
+    assert names == {f'{name}.ipynb' for name in run_notebooks()} | {'settings.ini'}
+    assert 'papermill' in capsys.readouterr().out
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'settings.ini').write_text('mine')
+    for folder in ('my', 'mine'):
+        before = {p: p.read_bytes() for p in (tmp_path / folder).iterdir()}
+        with pytest.raises(SystemExit, match='exists; choose a new folder'):
+            main(['notebooks', str(tmp_path / folder)])
+        assert {p: p.read_bytes() for p in (tmp_path / folder).iterdir()} == before
+
+
+def test_the_explorer_is_a_copy_and_stays_as_it_was_edited(tmp_path, monkeypatch):
+    from fdsl_nb.app import cli
+
+    monkeypatch.setenv('FDSL_OUTPUT_ROOT', str(tmp_path))
+    monkeypatch.setattr(cli, 'find_spec', lambda name: None)
+    path = cli.explorer_copy()
+    path.write_text('edited')
+    command = cli.explorer_command(browser=False, arguments=['--port', '9000'])
+    assert command[1:4] == ['-m', 'jupyterlab', str(path)]
+    assert command[4].endswith(f'/lab/tree/{path.name}')
+    assert command[5:] == ['--no-browser', '--port', '9000']
+    assert path.read_text() == 'edited'
+    monkeypatch.setattr(cli, 'find_spec', lambda name: name == 'voila')
+    assert cli.explorer_command()[1:3] == ['-m', 'voila']
+
+
+# The Tab key
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    'line, offered',
+    (
+        ('fdsl ', ['run', 'notebooks', 'explore', 'recipes', 'compare']),
+        ('fdsl run pre', ['pretrain']),
+        ('fdsl run pretrain -p data', ['dataset', 'data_dir']),
+        ('fdsl run pretrain -p dataset visual', ['visualatom']),
+        ('fdsl run pretrain -p budget ', ['demo', 'paper']),
+        ('fdsl run pretrain -p restart T', ['True']),
+        ('fdsl recipes rcdb1k_deit_t', ['rcdb1k_deit_tiny']),
+        ('fdsl run nothing -p ', []),
+    ),
+)
+def test_words_are_completed(line, offered, tmp_path):
+    pytest.importorskip('argcomplete')
+    told = tmp_path / 'told'
+    asked = dict(_ARGCOMPLETE='1', COMP_LINE=line, COMP_POINT=str(len(line)), IFS='\n')
+    asked |= dict(_ARGCOMPLETE_STDOUT_FILENAME=str(told), _ARGCOMPLETE_IFS='\n')
+    code, _, wrong, _ = typed(**asked)
+    assert code == 0 and 'Traceback' not in wrong, wrong
+    words = {w.strip() for w in told.read_text().split('\n')} - {''} if told.exists() else set()
+    assert set(offered) <= words and (offered or not words)
+
+
 def in_python_import(name):
     exec(f'from fdsl_nb import {name}', {})
 
@@ -260,7 +348,7 @@ def test_kernels_go_to_a_folder_of_this_state(before):
 
 
 def test_what_may_change_when_a_run_continues_does_not_change_its_folder(tmp_path, monkeypatch):
-    from fdsl_nb.app.cli import _FREE, folder_for
+    from fdsl_nb.app.parameters import _FREE, folder_for
     from fdsl_nb.training.training import FREE
 
     parameters = {k: p for name in run_notebooks() for k, p in read_parameters(name).items()}

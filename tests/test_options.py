@@ -280,13 +280,14 @@ def test_averaged_weights_are_measured_and_saved(dynamic, tmp_path):
 def test_every_loss_trains(tmp_path):
     first = {}
     views = dict(aug_splits=3, aa='augmix-m3-w3', smoothing=0.1)
-    for loss, more in dict(softmax={}, bce={}, jsd=views).items():
+    for loss, more in dict(cross_entropy={}, bce={}, keras_bce={}, jsd=views).items():
         given = dict(knobs=DRAWN | dict(instances=4), epochs=40, loss=loss, lr=3e-3)
         _, watch, _ = trained(tmp_path / loss, **given | more)
         first[loss] = watch.losses[0]
         assert np.mean(watch.losses[-8:]) < np.mean(watch.losses[:8]) - 0.01, loss
-    assert first['softmax'] == pytest.approx(math.log(4), abs=0.1)
+    assert first['cross_entropy'] == pytest.approx(math.log(4), abs=0.1)
     assert first['bce'] == pytest.approx(math.log(2), abs=0.1)
+    assert first['keras_bce'] == pytest.approx(4 * math.log(2), abs=0.4)
 
 
 # Mixing

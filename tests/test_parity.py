@@ -4,19 +4,17 @@ From the same weights and batches: the same losses, weights and learning rates.
 """
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from fdsl_nb.data.augment import train_transform
-from fdsl_nb.data.loading import EpochBatchSampler, FormulaDataset, train_loader
+from fdsl_nb.data.loading import EpochBatchSampler, train_loader
 from fdsl_nb.data.datasets import open_dataset
-from fdsl_nb.formulas.formula import formula
-from fdsl_nb.training.learner import LRScheduler, fdsl_learner
+from fdsl_nb.training.learner import fdsl_learner
 from fdsl_nb.models.models import create_model
-from fdsl_nb.training.optimise import CLOSED_FORMS, make_optimizer
-from fdsl_nb.training.recipes import FINETUNE, PRETRAIN, recipe
+from fdsl_nb.training.optimise import make_optimizer
+from fdsl_nb.training.recipes import recipe
 from fdsl_nb.core.rng import MIX, STEP, seed_for
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
@@ -149,6 +147,9 @@ def test_thirty_steps_are_timms(name):
         model_kwargs=TINY | dict(depth=2),
         precision='float32',
         model_ema_decay=0.9,
+        # the plain loop mixes floats, and gives timm the model itself
+        prefetcher=False,
+        no_weight_decay=True,
         **{k: v for k, v in p.items() if k in ('warmup_steps', 'warmup_epochs')},
     )
     data = open_dataset('visualatom', classes=4, instances=12, size=96, lines_max=20)
@@ -182,125 +183,7 @@ def test_thirty_steps_are_timms(name):
     assert (ours.head.weight - fresh().head.weight).abs().max() > 1e-3, 'nothing was trained'
 
 
-# Every recipe's learning rate, every step
-
-IMAGES = dict(cifar10=45_000, cifar100=45_000, imagenet=1_281_167, coyo=300_000_000)
-
-
-def images_of(r):
-    if r.dataset in IMAGES:
-        return IMAGES[r.dataset]
-    return len(FormulaDataset(formula(r.dataset, **r.knobs))) if r.dataset != 'digits' else 50_000
-
-
-def flags_of(r):
-    "A published schedule; the closed forms are in fdsl_nb.training.optimise."
-    for names, p in FLAGS:
-        if any(r.name.startswith(n) for n in names):
-            return p
-    raise KeyError(f'{r.name} has no published flags here')
-
-
-_CVPR2022 = AS_PUBLISHED['rcdb1k_deit_tiny']
-_OFDB21K = AS_PUBLISHED['ofdb2d1k_vit_tiny'] | dict(
-    lr=5e-4, warmup_lr=1e-6 * 1024 / 512, min_lr=1e-5 * 1024 / 512
-)
-FLAGS = (
-    (('visualatom',), AS_PUBLISHED['visualatom1k_vit_tiny']),
-    (('ofdb2d21k', 'ofdb3d21k'), _OFDB21K),
-    (('ofdb', 'onepfrac'), AS_PUBLISHED['ofdb2d1k_vit_tiny']),
-    (
-        ('fractaldb1k',),
-        _CVPR2022
-        | dict(lr=3e-4 * 64 / 512, warmup_epochs=10, warmup_lr=1e-6, sched_on_updates=False),
-    ),
-    (('finetune_cvpr2022',), _CVPR2022),
-    (('finetune_cvpr2023',), AS_PUBLISHED['finetune_cvpr2023']),
-    (
-        ('finetune_aaai2022',),
-        AS_PUBLISHED['finetune_cvpr2023']
-        | dict(opt='momentum', lr=0.01 * 96 / 512, warmup_lr=1e-6, min_lr=1e-5),
-    ),
-    (('rcdb', 'exfractaldb', 'mvfractaldb'), _CVPR2022),
-)
-OF_THE_RATE = (
-    'lr',
-    'warmup_lr',
-    'min_lr',
-    'warmup_epochs',
-    'warmup_steps',
-    'sched_on_updates',
-    'epochs',
-)
-
-
-def what_decides_the_rate(r):
-    own = [getattr(r, name) for name in OF_THE_RATE]
-    return (*own, images_of(r) // r.batch_size, str(flags_of(r)))
-
-
-BY_TIMM = {}  # recipes that differ in nothing that concerns the rate are tested once
-for _r in [*PRETRAIN, *FINETUNE]:
-    if _r.sched not in CLOSED_FORMS:
-        BY_TIMM.setdefault(what_decides_the_rate(_r), _r)
-
-
-def some_of(epochs, steps, every):
-    """Steps of the whole schedule.
-
-    Every `every`th, the first and last 500, and both sides of each epoch's beginning."""
-    whole = epochs * steps
-    chosen = {*range(0, whole, every), *range(min(500, whole)), *range(max(0, whole - 500), whole)}
-    for epoch in range(0, epochs, max(1, epochs // 300)):
-        chosen |= {max(0, epoch * steps - 1), epoch * steps}
-    return sorted(chosen)
-
-
-def compare_rates(r, every):
-    epochs, steps = r.epochs, images_of(r) // r.batch_size
-    sampler = SimpleNamespace(steps=steps)
-    learn = SimpleNamespace(
-        training=True,
-        steps_done=0,
-        epoch=0,
-        first_epoch=0,
-        first_batch=0,
-        metric=None,
-        xb=(torch.zeros(1),),
-        dls=SimpleNamespace(train=SimpleNamespace(batch_sampler=sampler)),
-    )
-    layer = nn.Linear(2, 2)
-    learn.opt = SimpleNamespace(opt=make_optimizer(layer, r))
-    before = LRScheduler(r, 0)
-    before.learn = learn
-    before.before_fit()
-    p = flags_of(r)
-    theirs = create_optimizer_v2(
-        nn.Linear(2, 2), opt=p['opt'], lr=p['lr'], weight_decay=p['weight_decay']
-    )
-    schedule, worst = timm_schedule(theirs, p, epochs, steps), 0.0
-    for step in some_of(epochs, steps, every):
-        if step // steps != learn.epoch or step == 0:
-            learn.epoch = step // steps
-            before.before_epoch()
-            schedule.step(learn.epoch)
-        learn.steps_done = step
-        before.before_batch()
-        schedule.step_update(step)
-        for mine, other in zip(learn.opt.opt.param_groups, theirs.param_groups):
-            worst = max(worst, abs(mine['lr'] / other['lr'] - 1))
-    assert worst < 1e-9
-
-
-@pytest.mark.parametrize('r', BY_TIMM.values(), ids=lambda r: r.name)
-def test_the_rate_of_a_recipe_is_timms(r):
-    compare_rates(r, 997)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('r', BY_TIMM.values(), ids=lambda r: r.name)
-def test_the_rate_of_a_recipe_is_timms_at_every_step(r):
-    compare_rates(r, 1)
+# Momentum
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,17 @@ def test_two_kills_of_two_processes_change_nothing(sources, tmp_path):
     assert 'continuing after epoch' in printed(tmp_path / 'killed')
 
 
+@pytest.mark.parametrize('opt', ('keras_sgd', 'keras_adamw'))
+def test_a_kill_changes_nothing_with_kerass_optimizers(opt, sources, tmp_path):
+    given = ALL_ON | sources['online'] | dict(opt=opt, lr=1e-3, workers=0)
+    given |= dict(filter_bias_and_bn=False, model_ema_warmup=True)
+    run_ranks(values(tmp_path / 'whole', **given), 1)
+    run_cut(tmp_path / 'killed', given, 1, [(9, 'after_backward')])
+    assert_same_end(tmp_path / 'killed', tmp_path / 'whole')
+    moved = read_checkpoint(tmp_path / 'killed' / 'last.pth.tar')['optimizer']['state'].values()
+    assert all('velocity' in state or 'exp_avg' in state for state in moved)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('processes', (1, 2))
 @pytest.mark.parametrize('source', ('online', 'folder', 'shards'))

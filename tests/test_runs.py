@@ -20,8 +20,19 @@ from fdsl_nb.models.checkpoints import read_checkpoint
 from fdsl_nb.core.folder import RunFolder, read_config, read_summary
 from fdsl_nb.formulas.formula import formulas
 from fdsl_nb.training.recipes import FINETUNE, PRETRAIN
-from fdsl_nb.app.parameters import check_parameters, read_parameters, run_notebooks
-from fdsl_nb.app.runs import configuration, given_values
+from fdsl_nb.app.parameters import (
+    check_parameters,
+    check_values,
+    find_notebook,
+    folder_for,
+    kit_folder,
+    parameters_cell,
+    parse_parameters,
+    read_parameters,
+    run_metadata,
+    run_notebooks,
+)
+from fdsl_nb.app.runs import configuration, given_values, run_folder, start_run
 
 SMALL = dict(
     dataset='rcdb',
@@ -97,16 +108,118 @@ def test_every_default_fits_and_has_its_help(notebook):
 @pytest.mark.parametrize('notebook', ('pretrain', 'finetune', 'evaluate'))
 def test_a_form_that_nobody_filled_in_asks_for_nothing(notebook):
     form = {p.name: p.default for p in read_parameters(notebook).values()}
-    assert set(given_values(notebook, form)) <= {
-        'scratch',
-        'seeds',
-    }  # what is done with the configuration, not in it
+    assert given_values(notebook, form) == {}
     if notebook == 'evaluate':
         return
     assert 'parameter' not in {
         r.source
         for r in configuration(notebook, given_values(notebook, form), RunFolder('.')).values()
     }
+
+
+def test_a_run_notebook_says_what_it_was_shipped_with():
+    for name in run_notebooks():
+        path = kit_folder() / f'{name}.ipynb'
+        cell = parse_parameters(parameters_cell(path))
+        defaults = {p.name: p.default for p in cell.values()}
+        expected = dict(notebook=name, default_parameters=defaults)
+        assert run_metadata(path) == expected, f'{path.name}: run `make prepare`'
+
+
+# In JupyterLab, where nobody passes parameters: the cell is edited, and perhaps not yet saved
+
+
+def jupyter(monkeypatch, notebook='pretrain', path=None, **lines):
+    "The namespace of a kernel in which the edited parameters cell has just been run."
+    monkeypatch.setenv('JPY_SESSION_NAME', str(path or kit_folder() / f'{notebook}.ipynb'))
+    cell = parameters_cell(kit_folder() / f'{notebook}.ipynb')
+    for old, new in lines.values():
+        assert cell.count('\n' + old) == 1
+        cell = cell.replace('\n' + old, '\n' + new)
+    namespace = {'In': ['', '1 + 1', cell, 'import os']}
+    exec(cell, namespace)
+    return namespace
+
+
+def test_a_slip_in_the_cell_of_jupyter_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv('FDSL_OUTPUT_ROOT', str(tmp_path))
+    slips = (
+        (
+            'epochs: int = None',
+            'epoch: int = 3',
+            "epoch=3 is not a parameter; did you mean 'epochs'",
+        ),
+        ('epochs: int = None', 'epoch = 3', "'epoch = 3  # passes through the data' declares no"),
+        ('epochs: int = None', "epochs: int = 'ten'", "epochs='ten' should be of type int"),
+    )
+    for old, new, words in slips:
+        namespace = jupyter(monkeypatch, line=(old, new))
+        with pytest.raises((TypeError, ValueError), match=re.escape(words)):
+            start_run('pretrain', namespace)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_changed_values_have_their_own_folder_in_jupyter(monkeypatch, tmp_path):
+    monkeypatch.setenv('FDSL_OUTPUT_ROOT', str(tmp_path))
+
+    def folder(**lines):
+        return run_folder('pretrain', jupyter(monkeypatch, **lines)).path
+
+    plain, three = folder(), folder(line=('epochs: int = None', 'epochs: int = 3'))
+    again = folder(line=('restart: bool = False', 'restart: bool = True'))
+    assert plain == again != three and plain.parent == tmp_path
+    pretrain = find_notebook('pretrain')
+    assert three == folder_for('pretrain', check_values(pretrain, dict(epochs=3)))
+    assert folder(line=('run: str = None', "run: str = 'mine'")) == tmp_path / 'mine'
+
+
+def test_a_parameter_of_ones_own_is_one_that_a_cell_uses(monkeypatch, tmp_path):
+    own = tmp_path / 'mine.ipynb'
+    text = json.loads((NBS / 'pretrain.ipynb').read_text('utf-8'))
+    text['cells'][-1]['source'] = 'print(colours)'
+    own.write_text(json.dumps(text))
+    edit = ('run: str = None', "colours: str = 'red'  # mine\nrun: str = None")
+    namespace = jupyter(monkeypatch, path=own, line=edit)
+    assert given_values('pretrain', namespace) == dict(colours='red')
+    with pytest.raises(TypeError, match="colours='red' is not a parameter"):
+        given_values('pretrain', jupyter(monkeypatch, line=edit))
+
+
+def test_an_executed_notebook_that_is_run_again_stays_in_its_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv('FDSL_OUTPUT_ROOT', str(tmp_path / 'runs'))
+    folder = tmp_path / 'of-a-run'
+    folder.mkdir()
+    text = json.loads((NBS / 'pretrain.ipynb').read_text('utf-8'))
+    text['metadata']['papermill'] = dict(parameters={})
+    (folder / 'pretrain.ipynb').write_text(json.dumps(text))
+    namespace = jupyter(monkeypatch, path=folder / 'pretrain.ipynb')
+    assert run_folder('pretrain', namespace).path.parent == tmp_path / 'runs'
+    (folder / 'status.json').write_text(json.dumps(dict(state='done')))
+    assert run_folder('pretrain', namespace).path == folder
+
+
+def test_results_are_in_the_same_place_wherever_one_stands(monkeypatch, tmp_path):
+    (tmp_path / 'settings.ini').write_text('[paths]\noutput_root = runs\n')
+    (tmp_path / 'nbs').mkdir()
+    folders = set()
+    for place in (tmp_path, tmp_path / 'nbs'):
+        monkeypatch.chdir(place)
+        folders.add(run_folder('pretrain', jupyter(monkeypatch)).path.resolve())
+    assert len(folders) == 1 and folders.pop().parent == tmp_path / 'runs'
+
+
+def test_folders_are_named_after_what_runs():
+    def name(notebook, **given):
+        return folder_for(notebook, given).name.rsplit('-', 1)[0]
+
+    assert name('pretrain') == name('pretrain', dataset='rcdb') == 'pretrain-rcdb'
+    assert name('pretrain', recipe='visualatom1k_vit_tiny') == 'pretrain-visualatom'
+    both = dict(recipe='visualatom1k_vit_tiny', dataset='rcdb')
+    assert name('pretrain', **both) == 'pretrain-rcdb'
+    assert folder_for('pretrain', both) != folder_for('pretrain', dict(dataset='rcdb'))
+    assert name('evaluate', weights='runs/atoms/last.pth.tar') == 'evaluate-atoms'
+    assert name('finetune', dataset='/data/photos') == 'finetune-photos'
+    assert name('reproduce') == 'reproduce-digits'
 
 
 @pytest.mark.process
@@ -244,7 +357,8 @@ def test_slips_stop_the_run_by_name(notebook, slip, words, tmp_path):
     assert words in done.stderr
     status = RunFolder(tmp_path).status
     assert status['state'] == 'failed' and words in status['reason']
-    assert {p.name for p in tmp_path.iterdir()} == {f'{notebook}.ipynb', 'files.txt', 'status.json'}
+    left = {p.name for p in tmp_path.iterdir()} - {f'{notebook}.ipynb'}
+    assert left == {'files.txt', 'status.json'}
 
 
 @pytest.mark.process
@@ -400,5 +514,5 @@ def test_the_command_lists_recipes():
     assert 'cifar100 84.2' in every.stdout and all(
         r.name in every.stdout for r in [*PRETRAIN, *FINETUNE]
     )
-    assert re.search(r'^batch +256$', one.stdout, re.MULTILINE)
+    assert re.search(r'^batch_size +256$', one.stdout, re.MULTILINE)
     assert slip.returncode == 1 and "did you mean 'onepfrac1k_vit_tiny'" in slip.stderr

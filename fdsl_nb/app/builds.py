@@ -9,7 +9,6 @@ __all__ = ['source_for', 'check_ranks', 'Asked', 'start_build', 'show_build', 'L
 # %% ../../nbs/app/06_builds.ipynb #5edbbc4e
 import time
 from dataclasses import dataclass
-from pathlib import Path
 import numpy as np, pandas as pd
 from IPython.display import display
 from PIL import Image
@@ -20,18 +19,20 @@ from ..build.source import Source, as_source
 from fdsl_nb.build.build import (
     Job,
     build,
+    is_complete,
     leave_mpi,
     make_plan,
     open_executor,
+    pictures_of,
     print_progress,
     refuse_other_build,
     thumbnail,
 )
 from ..build.verify import verify
 from ..core.settings import machine_settings
-from ..core.folder import RunFolder, set_status, set_stopped
+from ..core.folder import RunFolder, running, set_status
 from ..training.distributed import found_ranks
-from .runs import KNOBS, configuration, declared_values, run_folder
+from .runs import KNOBS, configuration, declared_values, locked_start, run_folder
 
 # %% ../../nbs/app/06_builds.ipynb #3c60e6ae
 def source_for(values: dict, folder: RunFolder) -> Source:
@@ -74,19 +75,15 @@ class Asked:
 
 def start_build(namespace: dict) -> Asked:
     "Checks the notebook's parameters, given its globals(), and plans the build."
-    folder = run_folder('build', {'run': namespace.get('run'), 'dataset': namespace.get('dataset')})
-    try:
+    folder = run_folder('build', namespace)
+    with locked_start(folder):
         return _planned_build(declared_values('build', namespace), folder)
-    except Exception as e:
-        if folder.state in ('new', 'failed'):
-            set_stopped(folder, e)
-        raise
 
 
 def _planned_build(values, folder):
     source = source_for(values, folder)
-    arrangement = ('layout', 'format', 'shard_images', 'shard_bytes', 'seed')
-    plan = make_plan(source, *(values[k] for k in arrangement))
+    names = ('layout', 'format', 'shard_images', 'shard_bytes', 'seed', 'mode', 'threads')
+    plan = make_plan(source, **{k: values[k] for k in names if k in values})
     job = Job(source, plan, str(values['out'] or folder.file('data')))
     scheduler, workers = values['scheduler'] or '', values['workers']
     helper = check_ranks(scheduler)
@@ -150,7 +147,7 @@ class LiveSheet:
         plan, side = self.job.plan, self.side
         self.sheet = np.roll(self.sheet, side, 0)
         for x, i in enumerate(plan.images_at(plan.places(part)[: self.columns]).tolist()):
-            picture = thumbnail(self.job.source.pixels(i), side)
+            picture = thumbnail(pictures_of(self.job).pixels(i), side)
             self.sheet[:side, x * side : (x + 1) * side] = picture
 
 # %% ../../nbs/app/06_builds.ipynb #04792406
@@ -159,14 +156,10 @@ def run_build(asked: Asked) -> dict:
     if asked.helper:
         return _help(asked)
     started = time.time()
-    try:
-        set_status(asked.folder, 'running')
+    with running(asked.folder):
         built = _build_watched(asked)
         set_status(asked.folder, 'done', **{k: built[k] for k in ('images', 'parts', 'bytes')})
-        return built | dict(seconds=round(time.time() - started, 1))
-    except BaseException as e:
-        set_stopped(asked.folder, e)
-        raise
+    return built | dict(seconds=round(time.time() - started, 1))
 
 
 def _build_watched(asked):
@@ -174,6 +167,8 @@ def _build_watched(asked):
     arrangement = dict(layout=plan.layout, format=plan.format)
     if plan.shard_images:
         arrangement |= dict(shard_images=plan.shard_images, seed=plan.seed)
+    if plan.threads:
+        arrangement |= dict(mode='reference', threads=plan.threads)
     workers = 0 if asked.scheduler else asked.workers
     with open_executor(asked.scheduler, asked.workers) as executor:
         return build(
@@ -189,7 +184,7 @@ def _build_watched(asked):
 def _help(asked):
     with open_executor(asked.scheduler):
         pass  # the work is done at this line
-    if not (Path(asked.job.out) / 'manifest.csv').exists():
+    if not is_complete(asked.job):
         raise RuntimeError(
             f'the first process did not finish the build in {asked.job.out}; its notebook says why'
         )

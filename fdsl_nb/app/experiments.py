@@ -19,9 +19,9 @@ from fdsl_nb.core.folder import (
     RunFolder,
     read_summary,
     refuse_other_run,
+    running,
     set_aside,
     set_status,
-    set_stopped,
     atomic_write,
     write_config,
 )
@@ -31,7 +31,14 @@ from ..training.recipes import FINETUNE, PRETRAIN, recipe
 from ..training.distributed import found_ranks
 from ..training.training import FREE, read_result
 from .parameters import check_parameters, find_notebook
-from .runs import KNOBS, configuration, declared_values, given_values, run_folder
+from fdsl_nb.app.runs import (
+    KNOBS,
+    configuration,
+    declared_values,
+    given_values,
+    locked_start,
+    run_folder,
+)
 from .report import kept, show_ends, summarise
 
 # %% ../../nbs/app/08_experiments.ipynb #adbc4bee
@@ -321,15 +328,10 @@ def start_experiment(
     namespace: dict,  # the notebook's globals()
 ) -> Experiment:
     "Checks the parameters of `reproduce.ipynb` and makes the plan."
-    about = dict(run=namespace.get('run'), dataset=namespace.get('finetune_data'))
-    folder = run_folder('reproduce', about)
-    try:
+    folder = run_folder('reproduce', namespace)
+    with locked_start(folder):
         values = declared_values('reproduce', namespace)
         return planned(values, folder, tuple(given_values('reproduce', namespace)))
-    except Exception as error:
-        if folder.state in ('new', 'failed'):
-            set_stopped(folder, error)
-        raise
 
 # %% ../../nbs/app/08_experiments.ipynb #03b7f3b5
 def show_steps(e: Experiment) -> pd.DataFrame:
@@ -343,9 +345,8 @@ def show_steps(e: Experiment) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).set_index('step')
 
 # %% ../../nbs/app/08_experiments.ipynb #3757736a
-# the word papermill is there for `executed_path`, which looks for it
 _START = (
-    'import sys; from fdsl_nb.training.distributed import leave_with_parent; '
+    'import sys; from fdsl_nb.core.processes import leave_with_parent; '
     'from papermill.cli import papermill; leave_with_parent(); papermill(sys.argv[2:])'
 )
 
@@ -407,9 +408,8 @@ def run_experiment(
     config = {
         k: Resolved(v, 'parameter' if k in e.given else 'default') for k, v in e.values.items()
     }
-    write_config(e.folder, config | dict(stage=Resolved('reproduce', 'notebook')))
-    try:
-        set_status(e.folder, 'running')
+    with running(e.folder):
+        write_config(e.folder, config | dict(stage=Resolved('reproduce', 'notebook')))
         for number, step in enumerate(e.steps, 1):
             done = state_of(e, step) == 'done'
             note = ': done before' if done else ''
@@ -417,10 +417,7 @@ def run_experiment(
             if not done:
                 carry_out(e, step, run)
         set_status(e.folder, 'done')
-        return results(e)
-    except BaseException as error:
-        set_stopped(e.folder, error)
-        raise
+    return results(e)
 
 # %% ../../nbs/app/08_experiments.ipynb #41f9c3b9
 def results(e: Experiment) -> pd.DataFrame:

@@ -7,6 +7,7 @@ __all__ = ['RULES', 'kept', 'show_samples', 'show_curves', 'draw_published', 'st
            'show_starts', 'show_result', 'show_classes', 'show_predictions', 'show_wrong']
 
 # %% ../../nbs/app/05_report.ipynb #f092da83
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -54,7 +55,8 @@ def show_samples(config: dict, classes: int = 3, images: int = 4):
     "Images of a few classes, left as they are, right as in epoch 0; saved as `samples.png`."
     values = {k: v.value for k, v in config.items()}
     data, r = open_splits(values)['train'], read_recipe(values)
-    seen = AugmentedDataset(data, train_transform(r), values['seed'], r.aug_repeats)
+    transform = train_transform(replace(r, prefetcher=False))
+    seen = AugmentedDataset(data, transform, values['seed'], r.aug_repeats)
     titles, rows = [], []
     for title, numbers in _rows_of(data, classes, images):
         titles.append(title)

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 import yaml
 from ..core.settings import machine_settings
-from ..core.folder import remove_partial_files, atomic_write
+from ..core.folder import locked, remove_partial_files, atomic_write
 from ..formulas.formula import Formula
 from ..data.shards import Plan, encode
 from .source import Source, as_source
@@ -25,7 +25,6 @@ from fdsl_nb.build.build import (
     explained,
     extra_module,
     finished,
-    locked,
     make_plan,
     open_executor,
     print_progress,

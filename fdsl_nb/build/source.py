@@ -10,12 +10,17 @@ __all__ = ['Source', 'parameter_table', 'FormulaSource', 'listing', 'as_pixels',
 import json, os, pickle
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
 from torch.utils.data import Dataset
 from ..formulas.formula import Formula, described_formula, family_of
-from ..data.shards import BuiltDataset, StoredDataset, read_manifest
+from fdsl_nb.data.shards import (
+    BuiltDataset,
+    StoredDataset,
+    is_build,
+    metadata_folder,
+    read_manifest,
+)
 from ..data.datasets import named_dataset, open_dataset
 
 # %% ../../nbs/build/00_source.ipynb #14f2f495
@@ -42,6 +47,10 @@ class Source:
         raise ValueError(
             f"layout='published': {self.title!r} is no formula; choose layout='plain' or 'shards'"
         )
+
+    def published_numbers(self) -> tuple:
+        "Names of class folders as the published program counts them; () for 0, 1, …"
+        return ()
 
     def parameters(self, workers: int = 1) -> pd.DataFrame | None:
         "The parameters of every class, where there are some."
@@ -100,6 +109,12 @@ class FormulaSource(Source):
     def parameters(self, workers=1):
         return parameter_table(self.formula, workers)
 
+    def published_numbers(self):
+        numbers = [self.formula.class_number(c) for c in range(self.formula.classes)]
+        if numbers == list(range(len(numbers))):
+            return ()
+        return tuple(f'{n:05d}' for n in numbers)
+
     def published_spec(self):
         self.formula.published_file(0, 0)  # raises for a family without published names
         return json.dumps(self.formula.spec())
@@ -110,7 +125,7 @@ def listing(
 ) -> tuple:  # the numbers of its images, class by class; int64 [classes], how many each has
     "In what order the images of a data set are written."
     if isinstance(dataset, BuiltDataset):
-        return range(len(dataset)), np.diff(dataset.plan.starts)
+        return range(len(dataset)), np.diff(dataset.starts)
     labels = np.array([dataset.label(i) for i in range(len(dataset))])
     return np.argsort(labels, kind='stable'), np.bincount(labels, minlength=len(dataset.classes))
 
@@ -191,7 +206,7 @@ class NamedSource(ListedSource):
         return dict(dataset=self.name, split=self.split)
 
     def origin(self):
-        if not (Path(self.name) / 'manifest.json').is_file():
+        if not is_build(self.name):
             return self
         try:
             return as_source(source_of(self.name))
@@ -268,7 +283,7 @@ def source_of(
     root,  # folder of a build
 ) -> Formula | tuple:
     "What a build was made from: a formula, or (name, split); `ValueError` if no file may name it."
-    said, place = read_manifest(root)['source'], str(Path(root) / 'manifest.json')
+    said, place = read_manifest(root)['source'], str(metadata_folder(root) / 'manifest.json')
     if 'object' in said:
         raise ValueError(
             f'{place}: this was built from a data set object ({said["object"]}, '

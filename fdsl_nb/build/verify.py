@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 import numpy as np
 from ..core.folder import inside, atomic_write
-from ..data.shards import BuiltDataset, Plan, decode, plan_of, read_at, tar_index
+from fdsl_nb.data.shards import (
+    BuiltDataset,
+    Plan,
+    decode,
+    metadata_folder,
+    plan_of,
+    read_at,
+    tar_index,
+)
 from .source import as_source, source_of
 from fdsl_nb.build.build import (
     BESIDE,
@@ -74,7 +82,7 @@ def _pictures(path):
 
 
 def _check_index(path, p):
-    index = path.parent / 'index' / f'{path.name[:-4]}.idx'
+    index = metadata_folder(path.parent) / 'index' / f'{path.name[:-4]}.idx'
     if not index.exists():
         return [Finding('missing', f'index/{index.name}', p)]
     places = list(_pictures(path).values())
@@ -89,10 +97,15 @@ def check_class(root, plan: Plan, p: int, sha: str) -> list:
     folder = Path(root) / part
     if not folder.is_dir():
         return [Finding('missing', part, p)]
-    names = [Path(plan.file(i)).name for i in plan.places(p)]
     there = {f.name for f in folder.iterdir()}
+    if plan.threads:  # the names are the published program's: those that are there
+        names = sorted(n for n in there if not n.startswith('.'))
+        found = _check_parameters(Path(root), part, p)
+    else:
+        names = [Path(plan.file(i)).name for i in plan.places(p)]
+        found = []
     missing = [n for n in names if n not in there]
-    found = [Finding('stray', f'{part}/{n}', p) for n in sorted(there - set(names))]
+    found += [Finding('stray', f'{part}/{n}', p) for n in sorted(there - set(names))]
     found += [Finding('missing', f'{part}/{n}', p) for n in missing]
     sha_now = hashlib.sha256()
     for name in names:
@@ -102,6 +115,14 @@ def check_class(root, plan: Plan, p: int, sha: str) -> list:
         return found
     bad = [f'{part}/{n}' for n in _unreadable(lambda n: (folder / n).read_bytes(), names)]
     return found + [Finding('damaged', name, p) for name in bad or [part]]
+
+
+def _check_parameters(root, part, p):
+    "The finding about a class's parameters, where the published program wrote those of others."
+    file = root / 'param' / f'{PurePosixPath(part).name}.csv'
+    if not file.parent.is_dir() or file.exists():
+        return []
+    return [Finding('missing', f'param/{file.name}', p)]
 
 # %% ../../nbs/build/02_verify.ipynb #96660cd0
 def check_parts(root, plan: Plan, rows) -> list:
@@ -121,7 +142,7 @@ def verify(
     "Reads a whole build again; what is damaged, missing or does not belong there."
     plan = BuiltDataset(root).plan
     lines = read_lines(root, plan)
-    found = _check_top(Path(root), lines)
+    found = _check_top(Path(root), lines, plan)
     rows = list(enumerate(line[3] for line in lines))
     groups = chunks(plan, range(plan.parts))
     tasks = ((check_parts, (str(root), plan, [rows[p] for p in group])) for group in groups)
@@ -131,10 +152,14 @@ def verify(
     return sorted(found, key=lambda f: f.name)
 
 
-def _check_top(root, lines):
-    known = {PurePosixPath(line[0]).parts[0] for line in lines} | {*BESIDE, 'index', 'image'}
+def _check_top(root, lines, plan):
+    about = metadata_folder(root)
+    known = {PurePosixPath(line[0]).parts[0] for line in lines}
+    known |= {'param'} if plan.threads else set()
+    if about == root.resolve():
+        known |= {*BESIDE, 'index'}
     stray = [p.name for p in sorted(root.iterdir()) if p.name not in known]
-    missing = [n for n in ('README.md', 'contact_sheet.png') if not (root / n).exists()]
+    missing = [n for n in ('README.md', 'contact_sheet.png') if not (about / n).exists()]
     return [Finding('stray', n) for n in stray] + [Finding('missing', n) for n in missing]
 
 # %% ../../nbs/build/02_verify.ipynb #3f3a0c51

@@ -6,8 +6,7 @@
 __all__ = ['SOURCES', 'faults', 'fetch', 'CifarDataset', 'open_cifar']
 
 # %% ../../nbs/data/06_cifar.ipynb #0ce5b384
-import fcntl, http.client, os, shutil, tarfile, tempfile
-from contextlib import contextmanager
+import http.client, os, shutil, tarfile, tempfile
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
@@ -19,6 +18,7 @@ from torchvision.datasets.utils import (
     extract_archive,
 )
 from ..core.settings import did_you_mean, machine_settings
+from ..core.folder import locked
 from .loading import ImageDataset, held_out
 
 # %% ../../nbs/data/06_cifar.ipynb #15c77edf
@@ -41,15 +41,6 @@ def faults(
     return found
 
 # %% ../../nbs/data/06_cifar.ipynb #709d8fd8
-@contextmanager
-def _alone(root, name):
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root / f'.{name}.lock', 'w') as lock:
-        # the system frees the lock when the process ends, however it ends
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _unpack(source, root, draft):
     archive = root / source.filename
     if not archive.is_file():
@@ -70,9 +61,11 @@ def fetch(
 ):
     "Unpack or download unless it is there; `FileNotFoundError`, `ValueError` if damaged."
     root = Path(root)
-    with _alone(root, source.base_folder):
+    if (root / source.base_folder).is_dir():
+        return
+    with locked(root, f'.{source.base_folder}.lock', wait=True):
         if (root / source.base_folder).is_dir():
-            return
+            return  # another process has been faster
         for old in root.glob(f'.{source.base_folder}.draft*'):
             shutil.rmtree(old, ignore_errors=True)
         draft = Path(tempfile.mkdtemp(prefix=f'.{source.base_folder}.draft', dir=root))

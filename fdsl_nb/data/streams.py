@@ -18,7 +18,7 @@ from ..core.settings import machine_settings
 from ..core.rng import AUGMENT, SHUFFLE, CounterRandom, seed_for
 from ..core.folder import atomic_write
 from .loading import EpochBatchSampler, permutation, seeded
-from .shards import PICTURES, StoredDataset, check_choice, decode, plan_of
+from .shards import PICTURES, StoredDataset, check_choice, decode, is_build, plan_of
 
 # %% ../../nbs/data/05_streams.ipynb #6484f2fd
 def share(
@@ -108,7 +108,7 @@ def buffered(
 # %% ../../nbs/data/05_streams.ipynb #f05de501
 def _plan_of_build(urls):
     "The plan of a build's folder; None for anything else."
-    if isinstance(urls, (str, Path)) and (Path(urls) / 'manifest.json').is_file():
+    if isinstance(urls, (str, Path)) and is_build(urls):
         return plan_of(urls)
     return None
 

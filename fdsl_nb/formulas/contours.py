@@ -209,7 +209,7 @@ class Contours(Formula):
         "The published images of one thread, in order, classes numbered from `start_class`."
         _check_thread(self, thread, threads)
         return (
-            Sample(c, k, image, self.file(c, k, category))
+            Sample(c, k, image, self.file(c, k, category), category)
             for c, k, category, image in _published_order(self, thread, threads, self.size)
         )
 
@@ -229,6 +229,14 @@ def _start(formula, rng):
     h = (formula.size + rng.randint(-formula.start_range, formula.start_range)) / 2
     w = (formula.size + rng.randint(-formula.start_range, formula.start_range)) / 2
     return dict(start_h=h, start_w=w)
+
+
+_CONTOUR_ELSEWHERE = dict(
+    save_root='-p out FOLDER',
+    numof_thread='-p threads N, with -p mode reference',
+    thread_num='the parts of all processes are built together',
+    display='build.ipynb shows pictures as they are drawn',
+)
 
 # %% ../../nbs/formulas/02_contours.ipynb #08f166d7
 @dataclass(frozen=True)
@@ -259,6 +267,7 @@ class RCDB(Contours):
         oval_rate='oval_max',
         start_pos='start_range',
     )
+    elsewhere = _CONTOUR_ELSEWHERE
 
     @property
     def greys(self) -> int:
@@ -296,6 +305,11 @@ class RCDB(Contours):
 
     def published_file(self, c: int, k: int) -> str:
         return self.file(self.start_class + c, k, None)
+
+    def published_parameters(self, sample: Sample) -> tuple:
+        "`param/CCCCC.csv`, with the line ends of Python's `csv` module."
+        text = sample.category.csv().replace('\n', '\r\n')
+        return f'param/{sample.cls:05d}.csv', text.encode()
 
 # %% ../../nbs/formulas/02_contours.ipynb #c0084680
 _ATOM_FLAGS = dict(
@@ -367,7 +381,7 @@ class VisualAtom(Contours):
         ('wave_1_min', 'wave_1_max'),
         ('wave_2_min', 'wave_2_max'),
     )
-    flags = _ATOM_FLAGS
+    flags, elsewhere = _ATOM_FLAGS, _CONTOUR_ELSEWHERE
     program_defaults = dict(noise_min=2.0, drift=0.01, radius_min=0)
 
     def new_category(

@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import ClassVar
 import numpy as np
-from ..core.settings import did_you_mean
+from ..core.settings import Limits, check_value, did_you_mean
 from ..core.rng import CATEGORY, INSTANCE, CounterRandom
 
 # %% ../../nbs/formulas/00_formula.ipynb #572c1220
@@ -30,34 +30,22 @@ def knob(
     return field(default=default, metadata=about)
 
 # %% ../../nbs/formulas/00_formula.ipynb #80aec120
-def _has_type(value, expected):
-    "Is the value of the type that a knob expects? An int is a float too, but a bool is no number."
-    if expected is bool or isinstance(value, bool):
-        return expected is bool and isinstance(value, bool)
-    return isinstance(value, (int, float) if expected is float else expected)
-
-
 def check_knob(
     owner: str,  # whose knob, for the message
     f: dataclasses.Field,  # the field, made by `knob`
     value,
 ) -> None:
     "`TypeError` or `ValueError`, with owner, knob, value and remedy, unless `value` fits."
-    expected, meta = type(f.default), f.metadata
-    if not _has_type(value, expected):
-        raise TypeError(
-            f'{owner}: {f.name}={value!r} should be of type {expected.__name__}, '
-            f'for example {f.default!r}'
-        )
-    if meta.get('choices') and value not in meta['choices']:
-        raise ValueError(
-            f'{owner}: {f.name}={value!r} is not known' + did_you_mean(value, meta['choices'])
-        )
-    low, high = meta.get('low'), meta.get('high')
-    too_low = low is not None and not low <= value
-    too_high = high is not None and not value <= high
-    if too_low or too_high:
-        raise ValueError(f'{owner}: {f.name}={value!r} is outside {low} … {high}; {meta["help"]}')
+    meta = f.metadata
+    limits = Limits(meta.get('low'), meta.get('high'), choices=meta.get('choices', ()))
+    check_value(
+        f'{owner}: {f.name}={value!r}',
+        value,
+        type(f.default),
+        limits,
+        f.default,
+        meta.get('help', ''),
+    )
 
 # %% ../../nbs/formulas/00_formula.ipynb #b692d1c5
 @dataclass(frozen=True)
@@ -66,6 +54,7 @@ class Description:
 
     name: ClassVar[str] = 'formula'  # as `formula(name)` knows it
     flags: ClassVar[dict] = {}  # the published program's flag → our field
+    elsewhere: ClassVar[dict] = {}  # flag that changes no picture → how that is said here
     program_defaults: ClassVar[dict] = {}  # field → the program's own default, where it is not ours
 
     def __post_init__(self):
@@ -90,15 +79,16 @@ class Description:
         **flags,  # the published program's flags, without dashes
     ):
         "What the published program would draw; `TypeError` for a flag it does not have."
-        unknown = set(flags) - set(cls.flags)
+        unknown = set(flags) - set(cls.flags) - set(cls.elsewhere)
         if unknown:
             flag = min(unknown)
-            hint = '; pass it to reference()' if 'thread' in flag else did_you_mean(flag, cls.flags)
+            known = (*cls.flags, *cls.elsewhere)
+            hint = '; pass it to reference()' if 'thread' in flag else did_you_mean(flag, known)
             raise TypeError(
                 f'{cls.__name__}.from_flags: {flag}={flags[flag]!r} is not a flag '
                 f'of the published program{hint}'
             )
-        given = {cls.flags[flag]: value for flag, value in flags.items()}
+        given = {cls.flags[flag]: v for flag, v in flags.items() if flag in cls.flags}
         return cls(**{**cls.program_defaults, **given})
 
 # %% ../../nbs/formulas/00_formula.ipynb #6f3ff252
@@ -110,6 +100,7 @@ class Sample:
     instance: int
     image: np.ndarray  # uint8 [size, size] or [size, size, 3]
     file: str
+    category: object = None  # what it was drawn with, where a family says so
 
 # %% ../../nbs/formulas/00_formula.ipynb #8867fe4f
 @dataclass(frozen=True)
@@ -194,6 +185,20 @@ class Formula(Description):
             f"layout='published': {self.name} has no published file names; "
             "choose layout='plain' or 'shards'"
         )
+
+    def class_number(
+        self,
+        c: int,  # class, 0 … classes - 1
+    ) -> int:
+        "The number of a class in published names: its own, or that of the file it comes from."
+        return c
+
+    def published_parameters(
+        self,
+        sample: Sample,  # the first of its class, as `reference` gives it
+    ) -> tuple | None:  # (file, bytes); None for a program that writes none among its images
+        "The file of a class's parameters beside the published images, and where it is."
+        return None
 
 # %% ../../nbs/formulas/00_formula.ipynb #f65819bf
 def show_grid(

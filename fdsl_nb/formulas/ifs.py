@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from ..core.rng import CATEGORY, CounterRandom, PythonRandom
 from .formula import Formula, Sample, knob
-from .categories import load_categories
+from .categories import category_files, load_categories
 from fdsl_nb.formulas.chaos import (
     COLUMNS,
     DRAWS,
@@ -91,6 +91,14 @@ def _own_categories(path, _changed):
     return categories
 
 
+@lru_cache(4)
+def _own_numbers(path):
+    "The numbers of the classes, as their files are called; 0, 1, … if those are no numbers."
+    names = [file.stem for file in category_files(path)] if Path(path).is_dir() else []
+    numbered = names and all(name.isdecimal() for name in names)
+    return list(map(int, names)) if numbered else range(2**32)
+
+
 def _own(path):
     return _own_categories(str(path), Path(path).stat().st_mtime if Path(path).exists() else None)
 
@@ -113,6 +121,10 @@ class _Searched(Formula):
         if self.own_categories:
             return _own(self.categories)[c]
         return published_categories(self.rate, self.search_points).upto(c + 1)[c]
+
+    def class_number(self, c: int) -> int:
+        "As the published renderer names it: by the file that the category is read from."
+        return _own_numbers(self.categories)[c] if self.own_categories else c
 
     def all_categories(
         self,
@@ -147,6 +159,14 @@ _FRACTALDB_FLAGS = dict(
     draw_type='draw_type',
     weight_csv='weight',
     instance='instances',
+)
+
+
+_FRACTALDB_ELSEWHERE = dict(
+    save_root='-p out FOLDER',
+    save_dir='searched categories are kept below data_root, a setting of the machine',
+    path2dir='no folder is divided here: numbered workers share the pictures',
+    thread='no folder is divided here: numbered workers share the pictures',
 )
 
 
@@ -202,6 +222,7 @@ class FractalDB(_Searched):
     rows: ClassVar[int] = 25  # of the weight table
     flips: ClassVar[int] = 4
     flags = _FRACTALDB_FLAGS
+    elsewhere = _FRACTALDB_ELSEWHERE
     program_defaults = dict(size=512, points=100_000, weight=0.1, categories='published')
 
     def __post_init__(self):
@@ -234,7 +255,8 @@ class FractalDB(_Searched):
 
     def published_file(self, c: int, k: int) -> str:
         row, flip, count = self.variant(k)
-        return f'{c:05d}/{c:05d}_{row:02d}_count_{count}_flip{flip}.png'
+        n = self.class_number(c)
+        return f'{n:05d}/{n:05d}_{row:02d}_count_{count}_flip{flip}.png'
 
     def reference(self, thread: int = 0, threads: int = 1):
         "The published images, of three channels, in order; the first `instances` of each class."
@@ -247,7 +269,6 @@ class FractalDB(_Searched):
         **flags,  # of `ifs_search.py` and the renderer, without dashes
     ):
         "What the published programs would draw; `TypeError` or `ValueError` for a flag or value."
-        flags = {f: v for f, v in flags.items() if f not in ('save_root', 'save_dir')}
         _square(cls.__name__, flags)
         if 'weight_csv' in flags:
             flags['weight_csv'] = _table_weight(flags['weight_csv'])
@@ -282,13 +303,13 @@ def _published_order(formula):
     )
     size, points, pen = formula.size, formula.points, formula.draw_type
     for c in range(formula.classes):
-        maps = formula._published_or_own(c)
+        maps, n = formula._published_or_own(c), formula.class_number(c)
         for i in range(formula.rows * draws):
             row, count = divmod(i, draws)
             # images beyond `instances` are drawn too, since the stream runs through them
             image = render_ifs(maps, table[row], size, points, pen, rng, formula.padding)
             for flip in range(min(formula.flips, formula.instances - i * formula.flips)):
-                file = f'{c:05d}/{c:05d}_{row:02d}_count_{count}_flip{flip}.png'
+                file = f'{n:05d}/{n:05d}_{row:02d}_count_{count}_flip{flip}.png'
                 yield Sample(c, i * formula.flips + flip, flipped(image, flip), file)
 
 # %% ../../nbs/formulas/05_ifs.ipynb #554753a0
@@ -428,6 +449,10 @@ class OnePFrac(Formula):
         pixel_threshold='pixel_threshold',
         mask_mode='mask_mode',
     )
+    elsewhere = dict(
+        img_basesavedir='-p out FOLDER',
+        draw_type='nothing reads it: patches are always grey (render_from_oneparam_mp.py:61)',
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -482,6 +507,5 @@ class OnePFrac(Formula):
     ):
         "What the published program would draw; `TypeError` for a flag it does not have."
         # the program reads draw_type but always draws grey patches
-        flags = {f: v for f, v in flags.items() if f not in ('img_basesavedir', 'draw_type')}
         _square(cls.__name__, flags)
         return super().from_flags(**flags)

@@ -61,13 +61,11 @@ class CoyoViT(VisionTransformer):
         self,
         *args,
         representation: int = 0,  # width of the layer before the head; 0: none, as in fine-tuning
-        head_bias: float = None,  # None: -10 with a representation layer (pre-training), else 0
+        head_bias: float = 0.0,  # of a fresh network; -10 as configured, and never applied
         **kwargs,  # as timm's
     ):
         kwargs = dict(act_layer='gelu_tanh') | kwargs | dict(weight_init='skip')
         super().__init__(*args, **kwargs)
-        if head_bias is None:
-            head_bias = -10.0 if representation else 0.0
         self.representation = representation
         self.head_bias = head_bias
         self.pre_logits = nn.Identity()

@@ -168,13 +168,15 @@ def resize_position_embedding(
 def parameter_groups(
     model: nn.Module,
     weight_decay: float,  # of the weights that decay
-    filter_bias_and_bn: bool = True,  # exempt biases, norms and embeddings
+    filter_bias_and_bn: bool = True,  # exempt biases and norms
+    no_weight_decay: bool = True,  # exempt what the model names, e.g. position embeddings
 ) -> list:  # of dicts, as torch's optimizers take them
     "An optimizer's parameter groups, split by weight decay as timm does, without frozen ones."
     if not filter_bias_and_bn:
         trained = [p for p in model.parameters() if p.requires_grad]
         return [dict(params=trained, weight_decay=weight_decay)]
-    exempt = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ()
+    named = no_weight_decay and hasattr(model, 'no_weight_decay')
+    exempt = model.no_weight_decay() if named else ()
     return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
 
 # %% ../../nbs/models/02_models.ipynb #171868be

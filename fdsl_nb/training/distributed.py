@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LAUNCHERS', 'found_ranks', 'meeting_place', 'join', 'get_rank', 'get_world_size', 'total', 'each', 'resolve',
-           'run_as_rank', 'leave_with_parent', 'launch', 'say_hello']
+           'run_as_rank', 'launch', 'say_hello']
 
 # %% ../../nbs/training/02_distributed.ipynb #bb074e73
-import importlib, json, os, signal, subprocess, sys, tempfile, threading, time, traceback
+import importlib, json, os, subprocess, sys, tempfile, time, traceback
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -159,22 +159,6 @@ def run_as_rank(folder):
         raise
     if os.environ['RANK'] == '0':
         (folder / 'result.json').write_text(json.dumps(result))
-
-# %% ../../nbs/training/02_distributed.ipynb #a8ebaf82
-def leave_with_parent(
-    interval: float = 0.5,  # seconds between looks
-):
-    "From now on, end this process (SIGTERM, then SIGKILL) soon after its parent ends."
-    parent = os.getppid()
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(interval)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 # %% ../../nbs/training/02_distributed.ipynb #52119368
 def _start_processes(function, config, processes):

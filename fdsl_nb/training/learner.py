@@ -27,9 +27,10 @@ from timm.utils import distribute_bn, unwrap_model
 from torch.nn.parallel import DistributedDataParallel
 from ..core.settings import did_you_mean
 from ..core.rng import STEP, seed_for
-from ..data.augment import mixer
+from ..data.augment import BatchFinisher, mixer
 from .distributed import get_rank, total, get_world_size
 from .evaluate import Counter
+from .multilabel import KERAS_EPSILON, MultiLabelLoss
 from .optimise import clip_gradients, make_ema, make_optimizer, make_schedule
 from .plan import Recipe
 
@@ -152,20 +153,22 @@ class LRScheduler(Callback):
 
 # %% ../../nbs/training/06_learner.ipynb #59c88326
 class MixBatch(Callback):
-    "Mixup and cutmix on training batches, by timm."
+    "Mixup and cutmix on training batches; batches of bytes are also normalised and erased."
 
     order, run_valid = -40, False
 
-    def __init__(self, r: Recipe, classes: int, seed: int):
+    def __init__(self, r: Recipe, classes: int, seed: int, device: torch.device):
         self.r, self.mix = r, mixer(r, classes, seed)
+        self.finish = BatchFinisher(r, self.mix, seed, str(device))
 
     def before_batch(self):
-        if self.mix is None:
+        images, labels = self.learn.xb[0], self.learn.yb[0]
+        change = self.finish if images.dtype == torch.uint8 else self.mix
+        if change is None:
             return
-        learn = self.learn
-        off = self.r.mixup_off_epoch and learn.epoch >= self.r.mixup_off_epoch
-        images, labels = self.mix(learn.xb[0], learn.yb[0], learn.steps_done, get_rank(), not off)
-        learn.xb, learn.yb = (images,), (labels,)
+        off = self.r.mixup_off_epoch and self.learn.epoch >= self.r.mixup_off_epoch
+        images, labels = change(images, labels, self.learn.steps_done, get_rank(), not off)
+        self.learn.xb, self.learn.yb = (images,), (labels,)
 
 # %% ../../nbs/training/06_learner.ipynb #116401ed
 def _lacks_bfloat16(device):
@@ -224,16 +227,24 @@ class Loss:
         self.smoothing, self.kind = r.smoothing, r.loss
         if r.loss == 'bce':
             self.other = BinaryCrossEntropy(smoothing=r.smoothing)
+        if r.loss == 'keras_bce':
+            self.other = self._summed
         if r.loss == 'jsd':
             self.other = JsdCrossEntropy(num_splits=r.aug_splits, smoothing=r.smoothing)
 
     def __call__(self, logits, labels):
         logits, train = logits.float(), torch.is_grad_enabled()
-        if train and self.kind != 'softmax':
+        if train and self.kind != 'cross_entropy':
             return self.other(logits, labels)
         smoothed = train and not labels.is_floating_point()
         smoothing = self.smoothing if smoothed else 0.0
         return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+
+    def _summed(self, logits, labels):
+        if labels.is_floating_point():  # mixed, and smoothed by that
+            return MultiLabelLoss(0.0, KERAS_EPSILON)(logits, labels)
+        chosen = F.one_hot(labels, logits.shape[1])
+        return MultiLabelLoss(self.smoothing, KERAS_EPSILON)(logits, chosen)
 
 # %% ../../nbs/training/06_learner.ipynb #ff53c1c5
 class ModelEMA(Callback):
@@ -345,7 +356,7 @@ def fdsl_learner(
     average, model = make_ema(model, r), wrapped(model, r, device)
     ours = [
         LRScheduler(r, seed),
-        MixBatch(r, classes, seed),
+        MixBatch(r, classes, seed, device),
         Precision(r.precision, device),
         ModelEMA(),
         StopOnNonFinite(),

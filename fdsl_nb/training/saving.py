@@ -185,7 +185,7 @@ class SaveRecovery(Callback):
         if learn.steps_done % self.steps or done == batches.steps:
             return
         sums = each(learn.sums.so_far.tolist())
-        learn.averaging.agree()  # one file holds the statistics of one process
+        learn.model_ema.agree()  # one file holds the statistics of one process
         if get_rank():
             return
         new = self.folder.output(f'recovery-{learn.epoch}-{done}.pth.tar')

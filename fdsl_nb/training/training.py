@@ -14,15 +14,17 @@ from functools import partial
 from pathlib import Path
 from fastai.callback.core import Callback
 from timm.utils import unwrap_model
+from ..core.settings import check_settings
 from ..data.augment import eval_transform, train_transform
 from ..models.checkpoints import export_model, load_weights, read_checkpoint
 from ..data.loading import EpochBatchSampler, as_images, eval_loader, hold_out
-from ..data.datasets import is_here, named_dataset, open_dataset
+from ..data.datasets import WHERE, is_here, named_dataset, open_split
 from .distributed import found_ranks, join, launch, get_rank, get_world_size
 from .evaluate import evaluate
 from fdsl_nb.core.folder import (
     RunFolder,
     add_epoch,
+    locked,
     log_event,
     note_files,
     refuse_foreign,
@@ -35,10 +37,15 @@ from fdsl_nb.core.folder import (
     write_config,
 )
 from .learner import fdsl_learner
-from .multilabel import MultiLabelCounter, MultiLabelLoss, evaluate_labels
+from fdsl_nb.training.multilabel import (
+    KERAS_EPSILON,
+    MultiLabelCounter,
+    MultiLabelLoss,
+    evaluate_labels,
+)
 from ..models.google import vit_pytorch_dropout
 from ..models.models import create_model, freeze
-from .plan import Recipe, checked, in_epochs
+from .plan import Recipe, Run, checked, in_epochs
 from fdsl_nb.training.saving import (
     Pause,
     SaveCheckpoints,
@@ -49,30 +56,12 @@ from fdsl_nb.training.saving import (
 )
 
 # %% ../../nbs/training/08_training.ipynb #be6f9a80
-RUN = dict(
-    seed=0,
-    folder='',
-    weights='',  # a checkpoint to start from
-    restart=False,  # set the folder's run aside and start anew
-    workers=0,  # worker processes that load images, for each process
-    processes=1,
-    stage='pretrain',  # pretrain or finetune
-    checkpoint_hist=0,  # epochs of which a checkpoint is kept
-    interval_saved_epochs=0,  # every so many epochs a checkpoint stays for good
-    recovery_interval=0,  # steps between checkpoints within an epoch
-    pause=0,  # epochs of this session; 0 for all
-    export=True,  # writes `model/`, for timm
-    save_images=False,  # writes the first batch as a picture
-    wandb_mode='offline',  # offline, online or disabled
-    wandb_entity='',
-    wandb_project='fdsl',
-    wandb_group='',
-)
+RUN = {f.name: f.default for f in fields(Run)}
 FREE = tuple(k for k in RUN if k not in ('seed', 'weights', 'stage'))
 
 
 def read_recipe(config: dict) -> Recipe:
-    "The recipe inside a configuration, in epochs; lists from JSON become tuples again."
+    "The recipe inside a configuration, in epochs; `ValueError` for a setting that cannot be."
     values = {f.name: config[f.name] for f in fields(Recipe) if f.name in config}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return in_epochs(checked(Recipe(**values)))
@@ -80,10 +69,10 @@ def read_recipe(config: dict) -> Recipe:
 # %% ../../nbs/training/08_training.ipynb #af6c15c4
 def open_splits(config: dict) -> dict:
     "The data set's splits that exist, by name; `ValueError` if classes differ between them."
-    knobs, where = config.get('knobs') or {}, config.get('data_dir') or ''
+    knobs, where = config.get('knobs') or {}, {k: config.get(k) or '' for k in WHERE}
     splits = {}
     for s in ('train', 'val', 'test'):
-        images = open_dataset(config['dataset'], s, data_dir=where, **knobs)
+        images = open_split(config['dataset'], s, **where, **knobs)
         if images is not None:
             splits[s] = images
     for s, images in splits.items():
@@ -181,10 +170,11 @@ def judges(splits: dict, r: Recipe) -> dict:  # `loss` and `counter`, or nothing
     "What several labels an image need in the place of the recipe's; `ValueError` for other losses."
     if not many_labels(splits):
         return {}
-    if r.loss != 'bce':
+    clips = dict(bce=0.0, keras_bce=KERAS_EPSILON)
+    if r.loss not in clips:
         raise ValueError(f'loss={r.loss!r}, but the images have several labels each; set loss=bce')
-    classes = len(splits['train'].classes)
-    return dict(loss=MultiLabelLoss(r.smoothing), counter=partial(MultiLabelCounter, classes))
+    loss = MultiLabelLoss(r.smoothing, clips[r.loss])
+    return dict(loss=loss, counter=partial(MultiLabelCounter, len(splits['train'].classes)))
 
 # %% ../../nbs/training/08_training.ipynb #9e9bca99
 def make_callbacks(config: dict, folder: RunFolder) -> list:
@@ -330,17 +320,21 @@ def run_training(
 ) -> dict:  # of `train`
     "Runs `train`, records status and result, and continues what was interrupted."
     values = RUN | {k: v.value for k, v in config.items()}
+    # what cannot be is refused before anything is written
+    check_settings(Run, values)
+    read_recipe(values)
     folder, ranks = RunFolder(values['folder']), found_ranks()
     if ranks and ranks['rank']:
         return _beside_process_0(folder, values)
-    reads = [values[k] for k in ('weights', 'dataset', 'data_dir') if values.get(k)]
-    if values['restart']:
-        set_aside(folder, reads)
-    refuse_other_run(folder, values, FREE, _may_replace(folder, reads))
-    refuse_foreign(folder, RECORDS)
-    if folder.state == 'done':
-        return read_result(folder)
-    return recorded(folder, config, values)
+    reads = [values[k] for k in ('weights', 'dataset', 'data_dir', 'val_dir') if values.get(k)]
+    with locked(folder.path):
+        if values['restart']:
+            set_aside(folder, reads)
+        refuse_other_run(folder, values, FREE, _may_replace(folder, reads))
+        refuse_foreign(folder, RECORDS)
+        if folder.state == 'done':
+            return read_result(folder)
+        return recorded(folder, config, values, 'fdsl_nb.training.training:train')
 
 
 def _beside_process_0(folder, values):
@@ -366,13 +360,18 @@ def read_result(folder: RunFolder) -> dict:
     return json.loads(folder.file('result.json').read_text())
 
 
-def recorded(folder: RunFolder, config: dict, values: dict) -> dict:
-    "Launches `train` and keeps configuration, status and result; a paused run has no result yet."
+def recorded(
+    folder: RunFolder,
+    config: dict,  # name → `Resolved`, as it is kept
+    values: dict,  # name → value, as the function takes it
+    function: str,  # 'module:function'
+) -> dict:  # what the function returned
+    "Launches `function` and keeps configuration, status and result; a paused run has none yet."
     try:
         write_config(folder, config)
         set_status(folder, 'running')
-        result = launch('fdsl_nb.training.training:train', values, values['processes'])
-        if result['paused']:
+        result = launch(function, values, values['processes'])
+        if result.get('paused'):
             set_status(folder, 'paused', epoch=result['epochs'])
             return result
         with atomic_write(folder.output('result.json'), 'w') as f:
@@ -432,6 +431,7 @@ _MAY_BE = dict(
     model_kwargs=_are_plain_options,
     knobs=_are_plain_knobs,
     data_dir=_is_a_place_here,
+    val_dir=_is_a_place_here,
 )
 
 # %% ../../nbs/training/08_training.ipynb #26fa5adf
@@ -462,5 +462,5 @@ def architecture_of(
     "The architecture that one of our checkpoints records."
     if str(weights).startswith(('local-dir:', 'hf-hub:')):
         return {}
-    found = checkpoint_settings(weights, ('dataset', 'data_dir', 'knobs'))
+    found = checkpoint_settings(weights, ('dataset', *WHERE, 'knobs'))
     return {k: found[k] for k in ('model', 'model_kwargs', 'img_size') if k in found}

@@ -1,12 +1,14 @@
 """What `launch` starts: the launcher of the ranks (given PROCESSES FOLDER), then each rank (given FOLDER)."""
 
 import sys
-from fdsl_nb.training.distributed import leave_with_parent, run_as_rank
+from fdsl_nb.core.processes import leave_with_parent
 
 
 def main():
-    leave_with_parent()
+    leave_with_parent()  # before the imports below, which take seconds
     if len(sys.argv) == 2:
+        from fdsl_nb.training.distributed import run_as_rank
+
         return run_as_rank(sys.argv[1])
     from torch.distributed.run import main as start_ranks
 
