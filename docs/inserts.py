@@ -333,6 +333,7 @@ CONTENTS = {
         'evaluate',
         'google',
         'coyo',
+        'translate',
         'reproduced',
         'publish',
     ),

@@ -119,8 +119,12 @@ def test_unknown_flags_are_refused():
         RCDB.from_flags(vertex_nun=5)
     with pytest.raises(TypeError, match='not a flag'):
         RCDB.from_flags(nami_1_min=5)
-    with pytest.raises(TypeError, match=r'pass it to reference\(\)'):
-        VisualAtom.from_flags(thread_num=0)
+
+
+def test_flags_that_change_no_picture_are_taken():
+    given = dict(save_root='out', numof_thread=20, thread_num=3, display=True)
+    assert VisualAtom.from_flags(**given) == VisualAtom.from_flags()
+    assert RCDB.from_flags(**given) == RCDB()
 
 
 # Our own pixels

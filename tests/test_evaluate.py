@@ -362,7 +362,7 @@ def picture(path, value=0):
             ),
         ),
         (dict(labels='real'), CheckpointError, '10 classes in the file, 1000 in the data'),
-        (dict(batch_size=0), ValueError, 'batch_size=0: at least one image'),
+        (dict(batch_size=0), ValueError, 'batch_size=0 is outside 1'),
         (dict(weights='nowhere.pth.tar'), FileNotFoundError, 'nowhere.pth.tar'),
         (dict(weights=None), ValueError, 'weights=None: name the checkpoint'),
     ],
@@ -476,10 +476,9 @@ def test_real_is_what_a_count_by_hand_gives(imagenet, tmp_path):
     a = Predictions(np.array(seen)[:, None], np.zeros(12, np.int64), np.zeros(12))
     assert real_top1(a, [str(f) for f in files], sets) == (5, 10)
     truth = real_labels()
-    given = dict(
-        weights=str(folder / 'w.pth.tar'), dataset=str(folder / 'data'), labels='real', **PLAIN
-    )
-    result = examine(tmp_path, **given)
+    given = dict(weights=str(folder / 'w.pth.tar'), dataset=str(folder / 'data'), labels='real')
+    transform = dict(crop_pct=1.0, mean=[0.5] * 3, std=[0.5] * 3)
+    result = examine(tmp_path, **given, **NETWORK, transform=transform)
     assert (result['real_correct'], result['real_images'], result['images']) == (
         sum(c in truth[i] for c, i in zip(seen, numbers)),
         10,

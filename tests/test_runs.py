@@ -245,7 +245,7 @@ def test_words_for_yes_and_no_and_lists_with_commas_are_read():
     for given, meant in (
         (dict(restart='True'), dict(restart=True)),
         (dict(restart=False), dict(restart=False)),
-        (dict(wandb_mode='true'), dict(wandb_mode='true')),
+        (dict(wandb_group='true'), dict(wandb_group='true')),
     ):
         assert check_parameters('pretrain', given) == meant
     assert (

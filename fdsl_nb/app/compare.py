@@ -227,6 +227,7 @@ PLACES = (
     'processes',
     'export',
     'save_images',
+    'save_every',
     'checkpoint_hist',
     'interval_saved_epochs',
     'recovery_interval',

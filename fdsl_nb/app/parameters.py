@@ -406,6 +406,7 @@ _FREE = (
     'pause',
     'processes',
     'workers',
+    'save_every',
     'checkpoint_hist',
     'interval_saved_epochs',
     'recovery_interval',

@@ -110,7 +110,10 @@ def starts(config: dict, scratch: bool, seeds: int) -> list:
     for seed in range(config['seed'].value, config['seed'].value + seeds):
         for name in names:
             folder = base / f'{name}-seed{seed}' if found else base
-            found.append((name, seed, _start(config, folder, name, seed)))
+            one = _start(config, folder, name, seed)
+            if found:
+                one['resume'] = Resolved('', 'only the first run goes on from a checkpoint')
+            found.append((name, seed, one))
     return found
 
 
@@ -180,9 +183,12 @@ def show_starts(config: dict, runs: pd.DataFrame):
     _show_learning(config, runs, colours, left)
     show_ends(runs, colours, middle)
     first = runs.result[0]
-    total_loss = first['loss'] * first['images']
-    evaluation = Evaluation(np.array(first['confusion']), first['within_five'], total_loss)
-    show_confusion(evaluation, first['classes'], right)
+    if first['confusion'] is None:
+        right.set_axis_off()
+    else:
+        total_loss = first['loss'] * first['images']
+        evaluation = Evaluation(np.array(first['confusion']), first['within_five'], total_loss)
+        show_confusion(evaluation, first['classes'], right)
     return kept(figure, config, 'report.png')
 
 # %% ../../nbs/app/05_report.ipynb #a2435e85

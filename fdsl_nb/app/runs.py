@@ -181,8 +181,9 @@ def what_is_trained(notebook: str, given: dict) -> dict:  # name → `Resolved`
     if knobs:
         own['knobs'] = knobs
     config = resolve(notebook, own, given.get('recipe'), given.get('budget', BUDGETS[0]))
-    if given.get('weights') and 'model' not in given:
-        architecture = architecture_of(given['weights'])
+    file = given.get('resume') or given.get('weights')
+    if file and 'model' not in given:
+        architecture = architecture_of(file)
         config |= {k: Resolved(v, 'checkpoint') for k, v in architecture.items() if k not in given}
     if 'model' in given and 'model_kwargs' not in given:
         config['model_kwargs'] = Resolved({}, 'parameter model')
@@ -259,5 +260,5 @@ def _set_old_run_aside(notebook, folder, values):
         return
     if notebook == 'evaluate' and read_config(folder).get('stage', notebook) != notebook:
         return
-    reads = ('weights', 'dataset', 'data_dir', 'val_dir')
+    reads = ('weights', 'resume', 'dataset', 'data_dir', 'val_dir')
     set_aside(folder, [values[k] for k in reads if values.get(k)])

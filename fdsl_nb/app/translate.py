@@ -7,18 +7,19 @@ __all__ = ['LAUNCHERS', 'RECIPE', 'IDLE', 'expanded', 'Command', 'read_script', 
            'same', 'differences', 'nearest_recipe', 'translate_training', 'translate_drawing', 'chosen_values',
            'command_words', 'translated', 'translation']
 
-# %% ../../nbs/app/11_translate.ipynb #c0030e59
-import ast, operator, re, shlex
+# %% ../../nbs/app/11_translate.ipynb #7ec51e73
+import ast, operator, os, re, shlex
 from dataclasses import dataclass, field, fields
 from math import isclose
 from pathlib import Path
 import yaml
+from ..core.settings import machine_settings
 from .parameters import check_values, find_notebook, read_parameters
 from .programs import PLAIN, Call, find_program, read_call
 from ..training.plan import Recipe
 from ..training.recipes import FINETUNE, PRETRAIN
 
-# %% ../../nbs/app/11_translate.ipynb #48a4b697
+# %% ../../nbs/app/11_translate.ipynb #3240f4d0
 _SUMS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 _SUMS |= {ast.Div: operator.floordiv, ast.FloorDiv: operator.floordiv}
 
@@ -53,7 +54,7 @@ def expanded(
 
     return re.sub(r'\$\(\(([^()]*)\)\)', arithmetic, found)
 
-# %% ../../nbs/app/11_translate.ipynb #10ecfa30
+# %% ../../nbs/app/11_translate.ipynb #1aca3c3a
 _ASSIGNED = re.compile(r'(?:export\s+)?(\w+)=(.*)')
 _LOOP = re.compile(r'for\s*\(\(\s*(\w+)\s*=\s*(\d+)\s*;.*')
 
@@ -94,7 +95,7 @@ def _value(text):
         return text
     return ' '.join(_words(text)[:1])
 
-# %% ../../nbs/app/11_translate.ipynb #6caefa1c
+# %% ../../nbs/app/11_translate.ipynb #d47f94a9
 @dataclass(frozen=True)
 class Command:
     "A call of a Python program in a script."
@@ -103,6 +104,7 @@ class Command:
     script: str  # path, or the module behind `-m`
     words: list  # behind it
     launcher: list  # before python: mpirun and its options
+    folder: str = ''  # where a `cd` before it leads, from where the script starts
 
     def option(self, *names: str) -> str:
         "The word behind an option of the launcher; '' if it is not there."
@@ -124,7 +126,7 @@ def _is_python(word):
     return re.fullmatch(r'python[\d.]*|torchrun', word.rpartition('/')[2]) is not None
 
 
-def _command(n, words):
+def _command(n, words, folder=''):
     "The command in a line's words, or None."
     words = [w for w in words if w not in ('&', ';')]
     at = next((i for i, w in enumerate(words) if _is_python(w)), None)
@@ -137,26 +139,28 @@ def _command(n, words):
         own = next((i for i, w in enumerate(rest) if w.endswith('.py')), len(rest))
         before, rest = before + rest[:own], rest[own:]
     rest = rest[1:] if rest[:1] == ['-m'] else rest
-    return Command(n, rest[0], rest[1:], before) if rest else None
+    return Command(n, rest[0], rest[1:], before, folder) if rest else None
 
-# %% ../../nbs/app/11_translate.ipynb #f7d4033c
+# %% ../../nbs/app/11_translate.ipynb #c9f3bc04
 def read_script(
     text: str,  # one command, or a script
 ) -> list:  # of `Command`
     "The Python commands of a script, in order, their variables replaced."
-    variables, found = {}, []
+    variables, found, folder = {}, [], ''
     for n, line in _lines(text):
         loop, assigned = _LOOP.match(line), _ASSIGNED.fullmatch(line)
         if loop:
             variables[loop[1]] = loop[2]
+        elif line.startswith('cd '):
+            folder = os.path.normpath(os.path.join(folder, expanded(line[3:].strip(), variables)))
         elif assigned and not any(_is_python(w) for w in line.split()):
             variables[assigned[1]] = _value(expanded(assigned[2], variables))
         elif not line.startswith('#') and ('python' in line or 'torchrun' in line):
-            command = _command(n, _filled(_words(line), variables))
+            command = _command(n, _filled(_words(line), variables), '' if folder == '.' else folder)
             found += [command] if command else []
     return found
 
-# %% ../../nbs/app/11_translate.ipynb #e4ddd8d0
+# %% ../../nbs/app/11_translate.ipynb #7b864cf8
 RECIPE = {f.name: f for f in fields(Recipe)}
 _EMPTY = dict(dataset='', aa='')
 
@@ -196,7 +200,7 @@ def settings_of(program, call: Call) -> dict:
         found['dataset'] = f'./{found["dataset"]}'  # rcdb alone is a formula here
     return found
 
-# %% ../../nbs/app/11_translate.ipynb #e958f311
+# %% ../../nbs/app/11_translate.ipynb #47bd7061
 _MIXING = ('mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch')
 _CYCLES = ('lr_cycle_mul', 'lr_cycle_decay')
 _NOISE = ('lr_noise_pct', 'lr_noise_std')
@@ -234,7 +238,7 @@ def idle_settings(
     "The settings that do nothing beside the others."
     return {name for holds, names in IDLE if holds(settings) for name in names}
 
-# %% ../../nbs/app/11_translate.ipynb #0266c1e2
+# %% ../../nbs/app/11_translate.ipynb #f2196804
 def same(a, b) -> bool:
     "Are two values of a setting the same? Numbers to nine digits, lists as tuples."
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
@@ -263,7 +267,7 @@ def differences(
     about = {k: v for k, v in wanted.items() if k not in idle and k != 'dataset'}
     return {k: v for k, v in about.items() if not same(has[k], v)}
 
-# %% ../../nbs/app/11_translate.ipynb #2d6a2382
+# %% ../../nbs/app/11_translate.ipynb #12bca45d
 _STAGES = dict(pretrain=PRETRAIN, finetune=FINETUNE)
 
 
@@ -284,7 +288,7 @@ def nearest_recipe(
 
     return min(_STAGES[stage], key=distance)
 
-# %% ../../nbs/app/11_translate.ipynb #ff69b29b
+# %% ../../nbs/app/11_translate.ipynb #e5080da6
 def _flag_notes(program, call):
     "A line for each flag that was given and has a note."
     notes = []
@@ -298,10 +302,11 @@ def _flag_notes(program, call):
 
 
 def _unset(command):
+    "What a reader has to fill in: variables, and the folder that relative paths start from."
+    where = [f'cd {command.folder}: paths start there'] if command.folder else []
     names = {k for word in command.words for k in re.findall(r'\$\{?\w+\}?|\$\(.*', word)}
-    return [
-        f'{name} is set nowhere in the script; write what it stands for' for name in sorted(names)
-    ]
+    lacking = [f'{n} is set nowhere in the script; write what it stands for' for n in sorted(names)]
+    return where + lacking
 
 
 def _launching(command, run):
@@ -318,7 +323,7 @@ def _launching(command, run):
     run['processes'] = n
     return [], [f'{n} processes: one for each GPU; any other number gives the same batch of all']
 
-# %% ../../nbs/app/11_translate.ipynb #75240ec9
+# %% ../../nbs/app/11_translate.ipynb #94834a95
 def translate_training(command: Command, program, call: Call) -> Translated:
     "A run of pretrain, finetune or evaluate."
     settings = settings_of(program, call)
@@ -342,7 +347,7 @@ def translate_training(command: Command, program, call: Call) -> Translated:
         found.notes.append(f'{name}={found.run.pop(name)}: no parameter of {stage}')
     return found
 
-# %% ../../nbs/app/11_translate.ipynb #d3601f9e
+# %% ../../nbs/app/11_translate.ipynb #00737a2a
 _SEARCHES = {'ifs_search.py': 'fractaldb', 'parallel_dir.py': 'fractaldb'}
 _SEARCHES |= {'category_search.py': 'mvfractaldb', 'instance.py': 'mvfractaldb'}
 _VIEWS = {'render1view.py': 1, 'render2view.py': 2, 'render3view.py': 3}
@@ -364,7 +369,7 @@ def _categories(flags, notes):
     left = {k: v for k, v in flags.items() if k != 'load_root'}
     return _number_of_classes(root) | left
 
-# %% ../../nbs/app/11_translate.ipynb #6005b0f9
+# %% ../../nbs/app/11_translate.ipynb #2df2a5a6
 def _described(name, flags, notes):
     "The formula that the flags describe, and what they say besides."
     from fdsl_nb.formulas.formula import formula_class
@@ -396,7 +401,7 @@ def _knobs(described):
         del found['instances']  # all there are
     return found
 
-# %% ../../nbs/app/11_translate.ipynb #ce5ef550
+# %% ../../nbs/app/11_translate.ipynb #f52ad322
 def translate_drawing(
     calls: list,  # (command, program, call) of a search and of what draws
 ) -> Translated:
@@ -439,7 +444,7 @@ def _threads(flags, described, notes):
         )
     return dict(threads=n) if n > 1 else {}
 
-# %% ../../nbs/app/11_translate.ipynb #7d8adcd2
+# %% ../../nbs/app/11_translate.ipynb #1f13c254
 def _yaml(name, value):
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
     text = yaml.safe_dump({name: plain}, default_flow_style=True, sort_keys=False, width=10**6)
@@ -467,7 +472,7 @@ def chosen_values(found: Translated, text: str = '', classes: int = 0) -> dict:
     options = {k: v for k, v in differs.items() if k not in declared}
     return chosen | found.run | (dict(options=options) if options else {})
 
-# %% ../../nbs/app/11_translate.ipynb #4d6411ac
+# %% ../../nbs/app/11_translate.ipynb #41b5c337
 def command_words(found: Translated, values: dict) -> list:
     "The `fdsl run` line, word by word."
     words = [*found.launcher, 'fdsl', 'run', found.stage]
@@ -480,7 +485,7 @@ def _listed(found, values):
     notes = list(dict.fromkeys(found.notes))
     return '\n'.join([line, *(f'#   {note}' for note in notes)])
 
-# %% ../../nbs/app/11_translate.ipynb #1734c57e
+# %% ../../nbs/app/11_translate.ipynb #eb5703bd
 def _groups(text):
     "Commands with their program and values; those of one renderer stand together."
     groups = []
@@ -499,6 +504,16 @@ def _groups(text):
     return groups
 
 
+def _own_checkpoint(values, runs, notes):
+    "Weights that an earlier command of the script wrote are in that run's folder here."
+    weights = Path(str(values.get('weights') or ''))
+    if weights.parent.name not in runs:
+        return values
+    root = os.path.relpath(machine_settings()['output_root'].value)
+    notes.append(f'{weights}: is written by the run {weights.parent.name}')
+    return values | dict(weights=f'{root}/{weights.parent.name}/{weights.name}')
+
+
 def translated(
     text: str,  # a command or a script
 ) -> list:  # of (`Translated`, values of the run)
@@ -513,13 +528,14 @@ def translated(
         named = call['num_classes'] or call['data.baseinfo.num_classes'] or 0
         classes = int(named) if str(named).isdigit() else 0
         values = chosen_values(found, ' '.join(command.words), classes)
+        values = _own_checkpoint(values, [v.get('run') for _, v in results], found.notes)
         check_values(find_notebook(found.stage), dict(values))
         results.append((found, values))
     if not results:
         raise ValueError(f'{text[:60]!r} calls no Python program; give a command or a script')
     return results
 
-# %% ../../nbs/app/11_translate.ipynb #18331851
+# %% ../../nbs/app/11_translate.ipynb #1f9fa270
 def translation(
     text: str,  # a command or a script, or the path of a file with one
 ) -> str:

@@ -349,8 +349,32 @@ def read_summary(folder: RunFolder) -> list:
     "The rows of `summary.csv` as dicts of numbers, oldest first; empty if there is none."
     if not folder.file('summary.csv').exists():
         return []
-    with open(folder.file('summary.csv'), newline='') as f:
-        return [{k: _number(k, v) for k, v in row.items()} for row in csv.DictReader(f)]
+    lines = folder.file('summary.csv').read_text().splitlines(True)
+    whole = [line for line in lines if line.endswith('\n')]
+    return [{k: _number(k, v) for k, v in row.items()} for row in csv.DictReader(whole)]
+
+
+def _as_csv(columns, rows, header=True):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator='\n')
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _comes_next(path, row):
+    "Has the table these columns, and does its last whole line belong to an earlier epoch?"
+    if not path.exists():
+        return False
+    with open(path, 'rb') as f:
+        columns = f.readline().decode().rstrip('\n').split(',')
+        f.seek(max(f.tell(), path.stat().st_size - 4096))
+        rest = f.read()
+    if columns != [*row] or not rest.endswith(b'\n'):
+        return False
+    latest = rest[:-1].rsplit(b'\n', 1)[-1].split(b',')[0]
+    return latest.isdigit() and int(latest) < row['epoch']
 
 
 def add_epoch(
@@ -358,14 +382,15 @@ def add_epoch(
     row: dict,  # epoch and its numbers
 ):
     "Adds an epoch's row to `summary.csv`, replacing that epoch's and any later row."
+    path = folder.output('summary.csv')
+    if _comes_next(path, row):
+        with open(path, 'a') as f:
+            f.write(_as_csv([*row], [row], header=False))
+        return
     rows = [r for r in read_summary(folder) if r['epoch'] < row['epoch']] + [row]
     columns = list(dict.fromkeys(k for r in rows for k in r))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
-    with atomic_write(folder.output('summary.csv'), 'w') as f:
-        f.write(text.getvalue())
+    with atomic_write(path, 'w') as f:
+        f.write(_as_csv(columns, rows))
 
 # %% ../../nbs/core/03_folder.ipynb #ece13bd7
 def log_event(

@@ -17,7 +17,7 @@ import numpy as np
 import PIL
 import timm
 import torch
-from numba import njit, uint32
+from numba import njit, uint32, uint64
 from PIL import Image
 from timm.data.auto_augment import RandAugment
 from timm.data.random_erasing import RandomErasing
@@ -197,7 +197,8 @@ def _argument(state, rule, level, span):
 @njit(cache=True, nogil=True)
 def _operation(state, held, op, bicubic, found):
     "One operation drawn into `found`: code, argument, is its filter bicubic."
-    code, rule, span, prob, magnitude, std = op
+    code, rule, span = op[0], op[1], op[2]
+    prob, magnitude, std = op[3], op[4], op[5]
     found[:] = 0.0
     if prob < 1.0 and _random(state) > prob:
         return
@@ -240,9 +241,7 @@ def _drawn(state, held, chosen, height, width, size, scale, ratio, filters, ops,
     crop[0], crop[1], crop[2], crop[3] = _crop(state, height, width, scale, ratio)
     crop[4] = filters[0] if filters[0] >= 0 else mt_randbelow(state, 2)
     for i in range(chosen.size):
-        op = ops[chosen[i]]
-        each = (op[0], op[1], op[2], op[3], op[4], op[5])
-        _operation(state, held, each, filters[1], found[i])
+        _operation(state, held, ops[chosen[i]], filters[1], found[i])
     rectangles = np.empty((max(1, int(erasing[5])), 4), np.int64)
     return crop, found, rectangles[: _erased(state, erasing, size, rectangles)]
 
@@ -262,7 +261,7 @@ def _drawn_from(seed, layers, height, width, size, scale, ratio, filters, ops, e
 
 # ---- resizing: Pillow's fixed point, 22 bits of fraction, across and then down
 
-_BITS, _ROWS = 22, 32
+_BITS = 22
 
 
 @njit(cache=True, nogil=True)
@@ -305,53 +304,49 @@ def _coefficients(length, size, bicubic):
 
 
 @njit(cache=True, nogil=True)
-def _across(image, top, left, height, width, bicubic, mirrored, out):
-    "Rows of a crop resized to `out`, uint8 [height, size]."
-    size = out.shape[1]
-    first, count, weights = _coefficients(width, size, bicubic)
-    columns = np.zeros((width, _ROWS), np.uint8)
-    total = np.empty(_ROWS, np.int32)
-    for start in range(0, height, _ROWS):
-        rows = min(_ROWS, height - start)
-        for r in range(rows):
-            line = image[top + start + r, left : left + width]
-            for x in range(width):
-                columns[x, r] = line[x]
-        for i in range(size):
-            total[:] = 1 << (_BITS - 1)
-            for x in range(count[i]):
-                w, column = weights[i, x], columns[first[i] + x]
-                for r in range(_ROWS):
-                    total[r] += column[r] * w
-            to = size - 1 - i if mirrored else i
-            for r in range(rows):
-                out[start + r, to] = min(max(total[r] >> _BITS, 0), 255)
+def _transposed(image):
+    "Rows for columns, uint8 [h, w] → [w, h rounded up to eights], eight rows packed at a time."
+    height, width = image.shape
+    packed = np.empty((width, (height + 7) // 8), np.uint64)
+    last = height - 1
+    for g in range(packed.shape[1]):
+        y = 8 * g
+        a, b = image[y], image[min(y + 1, last)]
+        c, d = image[min(y + 2, last)], image[min(y + 3, last)]
+        e, f = image[min(y + 4, last)], image[min(y + 5, last)]
+        h, k = image[min(y + 6, last)], image[min(y + 7, last)]
+        for x in range(width):
+            low = uint32(a[x]) | uint32(b[x]) << 8 | uint32(c[x]) << 16 | uint32(d[x]) << 24
+            high = uint32(e[x]) | uint32(f[x]) << 8 | uint32(h[x]) << 16 | uint32(k[x]) << 24
+            packed[x, g] = uint64(uint32(low)) | uint64(uint32(high)) << uint64(32)
+    return packed.view(np.uint8)
 
 
 @njit(cache=True, nogil=True)
-def _down(image, bicubic, upside_down, out):
-    "Columns resized to `out`, uint8 [size, width]."
-    size, width = out.shape
+def _down(image, size, bicubic, reverse):
+    "Columns resized, uint8 [size, width], perhaps bottom first."
+    width = image.shape[1]
     first, count, weights = _coefficients(image.shape[0], size, bicubic)
-    total = np.empty(width, np.int32)
+    total, out = np.empty(width, np.int32), np.empty((size, width), np.uint8)
     for i in range(size):
         total[:] = 1 << (_BITS - 1)
         for y in range(count[i]):
             w, line = weights[i, y], image[first[i] + y]
             for x in range(width):
                 total[x] += line[x] * w
-        line = out[size - 1 - i if upside_down else i]
+        line = out[size - 1 - i if reverse else i]
         for x in range(width):
             line[x] = min(max(total[x] >> _BITS, 0), 255)
+    return out
 
 
 @njit(cache=True, nogil=True)
 def _resized(image, crop, flips, out):
     "A crop of an image, resized and flipped into `out`, uint8 [size, size]."
-    top, left, height, width, bicubic = crop
-    half = np.empty((height, out.shape[1]), np.uint8)
-    _across(image, top, left, height, width, bicubic, flips[0], half)
-    _down(half, bicubic, flips[1], out)
+    size, height, bicubic = out.shape[0], crop[2], crop[4] > 0
+    columns = _transposed(image[crop[0] : crop[0] + height, crop[1] : crop[1] + crop[3]])
+    half = _transposed(_down(columns, size, bicubic, flips[0]))[:height]
+    out[:] = _down(half, size, bicubic, flips[1])[:, :size]
 
 
 # ---- operations on colours: a table of 256 values for each channel
@@ -632,17 +627,6 @@ def _rotated(plane, degrees, bicubic, out, inside):
 
 
 @njit(cache=True, nogil=True)
-def _transposed(plane, out):
-    "A square plane with rows for columns, in blocks that fit the cache."
-    n = plane.shape[0]
-    for top in range(0, n, 16):
-        for left in range(0, n, 16):
-            for y in range(top, min(top + 16, n)):
-                for x in range(left, min(left + 16, n)):
-                    out[x, y] = plane[y, x]
-
-
-@njit(cache=True, nogil=True)
 def _moved_plane(plane, code, value, bicubic, out, inside):
     "One plane sheared, shifted or turned; where it has no value, `out` is left as it is."
     size = plane.shape[0]
@@ -669,14 +653,14 @@ def _moved(planes, channels, code, value, bicubic, fill):
     "Planes sheared, shifted or turned, over the fill colour; how many channels differ now."
     upright = code != SHEAR_Y and code != TRANSLATE_Y
     size = planes.shape[1]
-    turned, out = np.empty((size, size), np.uint8), np.empty((3, size, size), np.uint8)
+    out = np.empty((3, size, size), np.uint8)
     inside = np.empty((size, 2), np.int64)
     for c in range(channels):
         if upright:
             _moved_plane(planes[c], code, value, bicubic, out[c], inside)
         else:
-            _transposed(planes[c], turned)
-            _moved_plane(turned, code, value, bicubic, out[c], inside)
+            columns = _transposed(planes[c])[:, :size]
+            _moved_plane(columns, code, value, bicubic, out[c], inside)
     if channels == 1 and (fill[0] != fill[1] or fill[0] != fill[2]):
         out[1], out[2] = out[0], out[0]
         channels = 3
@@ -685,7 +669,7 @@ def _moved(planes, channels, code, value, bicubic, fill):
         if upright:
             planes[c] = out[c]
         else:
-            _transposed(out[c], planes[c])
+            planes[c] = _transposed(out[c])[:, :size]
     return channels
 
 
@@ -716,8 +700,8 @@ def _augmented(image, crop, flips, operations, fill, planes):
     _resized(image, crop, flips, planes[0])
     channels = 1
     for i in range(len(operations)):
-        code, value, bicubic = operations[i]
-        channels = _changed(planes, channels, int(code), value, bicubic > 0, fill)
+        code, value, bicubic = int(operations[i, 0]), operations[i, 1], operations[i, 2] > 0
+        channels = _changed(planes, channels, code, value, bicubic, fill)
     return channels
 
 
@@ -1009,7 +993,7 @@ def _same_operation(op, picture, fill):
     "Does an operation of timm give the same, at several magnitudes, signs and filters?"
     op = copy(op)
     op.prob = 1.0
-    row = _row(op)
+    row = np.array(_row(op))
     filter = _filter(op.kwargs['resample'])
     for seed in range(6):
         with seeded(seed):

@@ -292,7 +292,9 @@ class Sums(Callback):
         self.before, self.started = kept[1], time.time()
 
     def before_validate(self):
-        self.counter = self.counter_of(device=self._device())
+        self.counter = None
+        if len(self.learn.dls.valid):
+            self.counter = self.counter_of(device=self._device())
 
     def after_batch(self):
         if not self.training:
@@ -308,8 +310,8 @@ class Sums(Callback):
         self.learn.images_per_second = images_here / (time.time() - self.started)
 
     def after_validate(self):
-        result = self.counter.result()
-        self.learn.evaluation = result if result.images else None
+        result = self.counter and self.counter.result()
+        self.learn.evaluation = result if result and result.images else None
 
 # %% ../../nbs/training/06_learner.ipynb #96449ebc
 def wrapped(

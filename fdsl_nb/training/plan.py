@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'RESIZE_MODES', 'LOSSES', 'RATES', 'PROGRAM_SCHEDULES', 'SCHEDULES', 'METRICS', 'OTHER_NAMES', 'check_opt',
-           'check_word', 'Data', 'Start', 'Optimisation', 'Schedule', 'Recipe', 'checked', 'in_epochs', 'Run',
+           'check_word', 'Data', 'Start', 'Optimisation', 'Schedule', 'Recipe', 'in_epochs', 'checked', 'Run',
            'Evaluation']
 
 # %% ../../nbs/training/00_plan.ipynb #d3aeacd0
@@ -163,6 +163,14 @@ class Recipe(Data, Start, Optimisation, Schedule, Augmentation, Mixing):
     def expected(self) -> str:
         return ', '.join(f'{k} {v}' for k, v in self.reported.items())
 
+# %% ../../nbs/training/00_plan.ipynb #f7cf9b31
+def in_epochs(r: Recipe) -> Recipe:
+    "A recipe in steps as the same one in epochs of `eval_every` steps; others as they are."
+    if not r.max_steps:
+        return r
+    every = r.eval_every or r.max_steps
+    return replace(r, epochs=r.max_steps // every, samples_per_epoch=every * r.batch_size)
+
 # %% ../../nbs/training/00_plan.ipynb #143b50a3
 def checked(r: Recipe) -> Recipe:
     "The recipe itself; `TypeError` or `ValueError` for a setting, or settings, that cannot be."
@@ -232,14 +240,6 @@ def _schedule_fault(r):
             f'{r.warmup_epochs} of warm-up; choose fewer, or a share less than 1'
         )
 
-# %% ../../nbs/training/00_plan.ipynb #f7cf9b31
-def in_epochs(r: Recipe) -> Recipe:
-    "A recipe in steps as the same one in epochs of `eval_every` steps; others as they are."
-    if not r.max_steps:
-        return r
-    every = r.eval_every or r.max_steps
-    return replace(r, epochs=r.max_steps // every, samples_per_epoch=every * r.batch_size)
-
 # %% ../../nbs/training/00_plan.ipynb #8d0624f5
 @dataclass(frozen=True)
 class Run:
@@ -248,10 +248,13 @@ class Run:
     seed: int = setting(0, 0, 2**32 - 1)  # torch's generator takes 32 bits
     folder: str = ''
     weights: str = ''  # a checkpoint to start from
+    resume: str = ''  # a checkpoint to go on from, with its epoch and optimizer
+    no_resume_opt: bool = False  # without its optimizer
     restart: bool = False  # set the folder's run aside and start anew
     workers: int = field(default=0, metadata=dict(limits=WORKERS))  # of each process, for images
     processes: int = field(default=1, metadata=dict(limits=PROCESSES))
     stage: str = setting('pretrain', choices=('pretrain', 'finetune'))
+    save_every: int = setting(0, 0)  # epochs from one checkpoint to the next; 0 for by the time
     checkpoint_hist: int = setting(0, 0)  # epochs of which a checkpoint is kept
     interval_saved_epochs: int = setting(0, 0)  # every so many epochs a checkpoint stays for good
     recovery_interval: int = setting(0, 0)  # steps between checkpoints within an epoch

@@ -4,16 +4,22 @@
 
 # %% auto #0
 __all__ = ['metric_of', 'save_state', 'same_file', 'list_checkpoints', 'trim', 'SaveCheckpoints', 'SaveRecovery', 'Pause',
-           'SaveImages', 'latest', 'restore']
+           'SaveImages', 'latest', 'restore', 'epochs_done', 'resume']
 
 # %% ../../nbs/training/07_saving.ipynb #e607af6b
-import os, re, shutil
+import math, os, re, shutil, time
 from pathlib import Path
 import torch
 from fastai.callback.core import Callback, CancelFitException
+from timm.models import clean_state_dict
 from timm.utils import unwrap_model
 from torchvision.utils import save_image
-from ..models.checkpoints import read_checkpoint, save_checkpoint
+from fdsl_nb.models.checkpoints import (
+    CheckpointError,
+    read_checkpoint,
+    read_weights,
+    save_checkpoint,
+)
 from .distributed import each, get_rank
 from ..core.folder import RunFolder, add_epoch, log_event, noted_files, read_summary
 from .learner import FDSLLearner
@@ -118,13 +124,17 @@ class SaveCheckpoints(Callback):
         settings: dict,  # the run's values, kept in the checkpoint
         checkpoint_hist: int = 0,  # epochs of which a checkpoint is kept, the best ones
         interval_saved_epochs: int = 0,  # every so many epochs one stays for good
+        save_every: int = 0,  # epochs from one checkpoint to the next; 0 for by the time
     ):
-        self.folder, self.settings, self.checkpoint_hist, self.interval_saved_epochs = (
-            folder,
-            settings,
-            checkpoint_hist,
-            interval_saved_epochs,
-        )
+        self.folder, self.settings = folder, settings
+        self.checkpoint_hist = checkpoint_hist
+        self.interval_saved_epochs = interval_saved_epochs
+        self.save_every = save_every
+        self.saved, self.cost = (
+            -math.inf,
+            0.0,
+        )  # when a checkpoint was written, and how long it took
+        self.printed = -math.inf
 
     def after_epoch(self):
         learn = self.learn
@@ -132,14 +142,39 @@ class SaveCheckpoints(Callback):
         row = dict(epoch=learn.epoch, train_loss=learn.train_loss)
         row |= {f'eval_{k}': v for k, v in found.items() if k != 'images'}
         learn.row = row = row | dict(lr=learn.opt.opt.param_groups[0]['lr'])
-        better = self.compare(metric_of(row, learn.recipe.eval_metric), metric_of(row, 'top1'))
+        by = metric_of(row, learn.recipe.eval_metric)
+        better = self.compare(by, metric_of(row, 'top1'), measured=bool(found))
         if get_rank():
             return
-        self.keep(better)
+        if self.due(better):
+            self.keep(better)
         add_epoch(self.folder, row)
         if self.checkpoint_hist:
             trim(self.folder, self.checkpoint_hist, learn.recipe.eval_metric)
         log_event(self.folder, 'epoch', images_per_second=round(learn.images_per_second, 1), **row)
+        self.show(row)
+
+    def due(self, better: bool) -> bool:
+        "Is a checkpoint written after this epoch?"
+        done = self.learn.epoch + 1
+        last = done == self.learn.n_epoch or self.learn.paused
+        if better or last or self.checkpoint_hist or self._holds():
+            return True
+        if self.save_every:
+            return done % self.save_every == 0
+        # where it takes a hundredth of the time, and at the latest after five minutes
+        return time.monotonic() - self.saved >= min(100 * self.cost, 300)
+
+    def _holds(self):
+        return self.interval_saved_epochs and self.learn.epoch % self.interval_saved_epochs == 0
+
+    def show(self, row: dict):
+        "Prints an epoch's numbers: the first ten, then one line in five seconds, and the last."
+        learn, now = self.learn, time.monotonic()
+        last = learn.epoch + 1 == learn.n_epoch
+        if learn.epoch >= 10 and now - self.printed < 5 and not last:
+            return
+        self.printed = now
         numbers = ', '.join(f'{k} {v:.4g}' for k, v in row.items() if k != 'epoch')
         speed = f'{learn.images_per_second:.0f} images/s'
         print(f'epoch {learn.epoch + 1}/{learn.n_epoch}: {numbers}, {speed}', flush=True)
@@ -148,22 +183,27 @@ class SaveCheckpoints(Callback):
         self,
         metric: float | None,  # by which the best epoch is chosen
         progress: float,  # what a plateau schedule looks at where there is no metric
+        measured: bool = False,  # the network was evaluated
     ) -> bool:
         "Keeps the metric, which a plateau schedule wants too; says whether it is the best so far."
         self.learn.metric = progress if metric is None else metric
-        better = metric is not None and (self.learn.best is None or metric > self.learn.best)
+        worth = self.learn.metric if measured or metric is not None else None
+        better = worth is not None and (self.learn.best is None or worth > self.learn.best)
         if better:
-            self.learn.best = metric
+            self.learn.best = worth
         return better
 
     def keep(self, better: bool):
         "Writes `last.pth.tar`, and gives it the other names that it has earned."
         last, epoch = self.folder.output('last.pth.tar'), self.learn.epoch
+        begun = time.monotonic()
         save_state(self.learn, last, self.settings)
+        self.saved = time.monotonic()
+        self.cost = self.saved - begun
         names = ['model_best'] if better else []
         if self.checkpoint_hist:
             names.append(f'checkpoint-{epoch}')
-        if self.interval_saved_epochs and (epoch + 1) % self.interval_saved_epochs == 0:
+        if self._holds():
             names.append(f'held-checkpoint-{epoch}')
         for name in names:
             same_file(last, self.folder.output(f'{name}.pth.tar'))
@@ -266,3 +306,72 @@ def restore(
     learn.lr_scheduler.state = state['schedule']
     learn.sums_so_far = _own_sums(state['sums'])
     return learn.row
+
+# %% ../../nbs/training/07_saving.ipynb #7a0b998f
+def epochs_done(
+    saved: dict,  # content of a checkpoint, this kit's or a published program's
+) -> int:
+    "Whole epochs that a checkpoint has behind it; `CheckpointError` if it does not say."
+    epoch = saved.get('epoch')
+    if not isinstance(epoch, int):
+        raise CheckpointError('it names no epoch; give it as weights to start from')
+    if 'fdsl' in saved:
+        return epoch + (not saved['fdsl']['batch'])
+    if 'version' in saved:  # timm
+        return epoch + 1
+    return epoch - 1 if 'scheduler' in saved else epoch
+
+
+def _put_optimizer(learn, saved):
+    "Takes over the state of an optimizer; rates and decay stay those of this run."
+    theirs, ours = saved.get('optimizer'), learn.opt.opt.state_dict()
+    if not isinstance(theirs, dict) or not theirs.get('state'):
+        raise CheckpointError('it has no state of an optimizer')
+    groups = [[len(g['params']) for g in found['param_groups']] for found in (theirs, ours)]
+    if groups[0] != groups[1]:
+        raise CheckpointError(
+            f"its optimizer has groups of {groups[0]} tensors, this run's of {groups[1]}"
+        )
+    weights = [p for g in learn.opt.opt.param_groups for p in g['params']]
+    for i, entries in theirs['state'].items():
+        tensors = [v for v in entries.values() if torch.is_tensor(v) and v.dim()]
+        if any(v.shape != weights[i].shape for v in tensors):
+            raise CheckpointError("its optimizer's state is that of another network")
+    learn.opt.opt.load_state_dict(ours | dict(state=theirs['state']))
+
+# %% ../../nbs/training/07_saving.ipynb #1ee5bbf5
+def _named_opt(saved):
+    "The optimizer that a checkpoint's settings name, or None."
+    settings = saved.get('args')
+    return getattr(settings, 'opt', None)
+
+
+def resume(
+    learn: FDSLLearner,
+    path: Path,  # a checkpoint of any run
+    no_resume_opt: bool = False,  # leave the optimizer's state behind
+):
+    "Goes on after the epochs of a named checkpoint; `CheckpointError` says what does not fit."
+    saved, name = read_checkpoint(path), Path(path).name
+    try:
+        _, weights = read_weights(path)
+        unwrap_model(learn.model).load_state_dict(weights)
+        if learn.average:
+            averaged = clean_state_dict(saved.get('state_dict_ema') or weights)
+            learn.average.module.load_state_dict(averaged)
+        learn.create_opt()
+        if not no_resume_opt:
+            theirs = _named_opt(saved)
+            if theirs and theirs != learn.recipe.opt:
+                raise CheckpointError(f'it was trained with opt={theirs!r}')
+            _put_optimizer(learn, saved)
+        done = epochs_done(saved)
+    except (CheckpointError, RuntimeError) as e:
+        remedy = '' if no_resume_opt else '; without its optimizer: -p no_resume_opt True'
+        raise CheckpointError(f'resume={name!r}: {e}{remedy}') from None
+    if done >= learn.recipe.epochs:
+        raise CheckpointError(
+            f'resume={name!r}: {done} epochs are done, and epochs={learn.recipe.epochs}; give more'
+        )
+    learn.first_epoch, learn.first_batch = done, 0
+    learn.steps_done = done * learn.dls.train.batch_sampler.steps

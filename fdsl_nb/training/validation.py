@@ -36,6 +36,7 @@ from .multilabel import evaluate_labels
 from .plan import Evaluation, Recipe
 from ..core.settings import Resolved, check_settings, did_you_mean
 from fdsl_nb.training.training import (
+    architecture_of,
     checkpoint_settings,
     open_splits,
     read_recipe,
@@ -58,7 +59,7 @@ def brought(
             model=weights, img_size=data['input_size'][-1], crop_pct=data['crop_pct']
         )
     else:
-        found = checkpoint_settings(weights, typed)
+        found = checkpoint_settings(weights, typed) or architecture_of(weights)
     wanted = ('model', 'model_kwargs', 'dataset', *WHERE, 'valid_pct', 'knobs', *PREPARED)
     return {k: found[k] for k in wanted if k in found}
 
