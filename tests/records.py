@@ -136,7 +136,7 @@ def described_batch(r):
         erasing=erasing if r.reprob else None,
         mixing=mixing if r.mixup or r.cutmix else None,
         smoothing=r.smoothing,
-        loss=r.loss,
+        loss=r.loss.removeprefix('keras_'),
     )
 
 

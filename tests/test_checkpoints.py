@@ -523,6 +523,13 @@ def test_exported_models_are_rebuilt_by_timm(tmp_path):
     )
 
 
+def test_a_model_in_another_memory_order_is_exported(tmp_path):
+    model = create_model('resnet18', 3, channels=(8, 16, 16, 32), seed=0)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    export_model(tmp_path, model.to(memory_format=torch.channels_last))
+    assert equal(timm.create_model(f'local-dir:{tmp_path}', pretrained=True).state_dict(), weights)
+
+
 def test_exports_say_the_truth(tmp_path):
     with pytest.raises(ValueError, match='2 label_names for 10 classes'):
         export_model(tmp_path, vit(), label_names=['a', 'b'])

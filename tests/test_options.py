@@ -444,7 +444,7 @@ def test_the_best_or_the_last_is_exported(tmp_path):
         if eval_metric == 'top1_test':
             assert result['top1'] == pytest.approx(max(row['eval_top1'] for row in rows))
         if eval_metric == 'last':
-            assert not (tmp_path / eval_metric / 'model_best.pth.tar').exists()
+            assert (tmp_path / eval_metric / 'model_best.pth.tar').exists()
     val, test = (
         read_summary(RunFolder(tmp_path / b))[0]['eval_top1'] for b in ('top1', 'top1_test')
     )

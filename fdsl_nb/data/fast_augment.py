@@ -307,18 +307,17 @@ def _coefficients(length, size, bicubic):
 def _transposed(image):
     "Rows for columns, uint8 [h, w] → [w, h rounded up to eights], eight rows packed at a time."
     height, width = image.shape
-    packed = np.empty((width, (height + 7) // 8), np.uint64)
-    last = height - 1
-    for g in range(packed.shape[1]):
-        y = 8 * g
+    last, packed = height - 1, np.empty((width, (height + 7) // 8), np.uint64)
+    for group in range(packed.shape[1]):
+        y = 8 * group
         a, b = image[y], image[min(y + 1, last)]
         c, d = image[min(y + 2, last)], image[min(y + 3, last)]
         e, f = image[min(y + 4, last)], image[min(y + 5, last)]
-        h, k = image[min(y + 6, last)], image[min(y + 7, last)]
+        g, h = image[min(y + 6, last)], image[min(y + 7, last)]
         for x in range(width):
-            low = uint32(a[x]) | uint32(b[x]) << 8 | uint32(c[x]) << 16 | uint32(d[x]) << 24
-            high = uint32(e[x]) | uint32(f[x]) << 8 | uint32(h[x]) << 16 | uint32(k[x]) << 24
-            packed[x, g] = uint64(uint32(low)) | uint64(uint32(high)) << uint64(32)
+            low = uint32(a[x] | b[x] << 8 | c[x] << 16 | d[x] << 24)
+            high = uint32(e[x] | f[x] << 8 | g[x] << 16 | h[x] << 24)
+            packed[x, group] = uint64(low) | uint64(high) << uint64(32)
     return packed.view(np.uint8)
 
 
@@ -355,7 +354,7 @@ def _resized(image, crop, flips, out):
 @njit(cache=True, nogil=True)
 def _histogram(plane):
     counts = np.zeros((4, 256), np.int64)
-    flat = plane.reshape(-1)
+    flat = plane.ravel()
     n = flat.size // 4 * 4
     for i in range(0, n, 4):
         counts[0, flat[i]] += 1
@@ -404,20 +403,21 @@ def _equalize(counts, table):
 
 
 @njit(cache=True, nogil=True)
-def _luma(planes, i):
-    "The grey value of pixel `i`, as Pillow converts RGB to L."
-    r, g, b = int(planes[0, i]), int(planes[1, i]), int(planes[2, i])
+def _luma(planes, y, x):
+    "The grey value of a pixel, as Pillow converts RGB to L."
+    r, g, b = int(planes[0, y, x]), int(planes[1, y, x]), int(planes[2, y, x])
     return (r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16
 
 
 @njit(cache=True, nogil=True)
 def _mean(planes, channels):
     "The mean grey value, rounded."
-    flat = planes.reshape(3, -1)
-    total, n = 0, flat.shape[1]
-    for i in range(n):
-        total += int(flat[0, i]) if channels == 1 else _luma(flat, i)
-    return int(total / n + 0.5)
+    _, height, width = planes.shape
+    total = 0
+    for y in range(height):
+        for x in range(width):
+            total += int(planes[0, y, x]) if channels == 1 else _luma(planes, y, x)
+    return int(total / (height * width) + 0.5)
 
 
 @njit(cache=True, nogil=True)
@@ -450,7 +450,7 @@ def _looked_up(planes, channels, code, value):
     for c in range(channels):
         _table(planes, channels, c, code, value, tables[c])
     for c in range(channels):
-        flat, table = planes[c].reshape(-1), tables[c]
+        flat, table = planes[c].ravel(), tables[c]
         for i in range(flat.size):
             flat[i] = table[flat[i]]
 
@@ -458,11 +458,12 @@ def _looked_up(planes, channels, code, value):
 @njit(cache=True, nogil=True)
 def _saturated(planes, value):
     "As `ImageEnhance.Color`, for channels that differ."
-    flat, factor = planes.reshape(3, -1), np.float32(value)
-    for i in range(flat.shape[1]):
-        grey = _luma(flat, i)
-        for c in range(3):
-            flat[c, i] = _blended(grey, int(flat[c, i]), factor)
+    factor = np.float32(value)
+    for y in range(planes.shape[1]):
+        for x in range(planes.shape[2]):
+            grey = _luma(planes, y, x)
+            for c in range(3):
+                planes[c, y, x] = _blended(grey, int(planes[c, y, x]), factor)
 
 
 @njit(cache=True, nogil=True)
@@ -659,7 +660,7 @@ def _moved(planes, channels, code, value, bicubic, fill):
         if upright:
             _moved_plane(planes[c], code, value, bicubic, out[c], inside)
         else:
-            columns = _transposed(planes[c])[:, :size]
+            columns = _transposed(planes[c, :size, :size])[:, :size].copy()
             _moved_plane(columns, code, value, bicubic, out[c], inside)
     if channels == 1 and (fill[0] != fill[1] or fill[0] != fill[2]):
         out[1], out[2] = out[0], out[0]
@@ -669,7 +670,7 @@ def _moved(planes, channels, code, value, bicubic, fill):
         if upright:
             planes[c] = out[c]
         else:
-            planes[c] = _transposed(out[c])[:, :size]
+            planes[c] = _transposed(out[c, :size, :size])[:, :size]
     return channels
 
 
@@ -698,7 +699,7 @@ def _changed(planes, channels, code, value, bicubic, fill):
 def _augmented(image, crop, flips, operations, fill, planes):
     "Crop, flips and operations of an image, uint8 [h, w]; how many channels differ."
     _resized(image, crop, flips, planes[0])
-    channels = 1
+    channels = np.int64(1)  # no constant, for which numba would compile all anew
     for i in range(len(operations)):
         code, value, bicubic = int(operations[i, 0]), operations[i, 1], operations[i, 2] > 0
         channels = _changed(planes, channels, code, value, bicubic, fill)
@@ -718,8 +719,8 @@ def _augmented_floats(image, crop, flips, operations, fill, values, out):
     planes = np.empty(out.shape, np.uint8)
     channels = _augmented(image, crop, flips, operations, fill, planes)
     for c in range(3):
-        plane, table = planes[c if channels == 3 else 0].reshape(-1), values[c]
-        flat = out[c].reshape(-1)
+        plane, table = planes[c if channels == 3 else 0].ravel(), values[c]
+        flat = out[c].ravel()
         for i in range(flat.size):
             flat[i] = table[plane[i]]
 

@@ -496,6 +496,7 @@ def export_model(
         raise ValueError(
             f'{len(label_names)} label_names for {model.num_classes} classes; give one each'
         )
+    model.to(memory_format=torch.contiguous_format)  # safetensors holds no other
     save_for_hf(
         model,
         folder,

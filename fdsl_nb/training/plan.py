@@ -139,7 +139,7 @@ class Schedule:
     lr_noise: tuple = setting((), 0, 1, lengths=(0, 2), rising=True)  # where noise begins and ends
     lr_noise_pct: float = setting(0.67, 0.01, 1)  # limit of the noise, as a share
     lr_noise_std: float = setting(1.0, 0, 10)
-    lr_cycle_mul: float = setting(1.0, 0, 10)  # length of a cycle to the one before
+    lr_cycle_mul: float = setting(1.0, above=0, high=10)  # length of a cycle to the one before
     lr_cycle_decay: float = setting(0.5, 0, 1)  # peak of a cycle to the one before
     lr_cycle_limit: int = setting(1, 1, 100)  # cycles
 

@@ -380,7 +380,7 @@ _coyo = Recipe(
 )
 _coyo_steps = dict(
     batch_size=4096,
-    loss='bce',
+    loss='keras_bce',
     opt='keras_adamw',
     opt_eps=1e-7,
     sched='coyo_linear',
