@@ -1,18 +1,27 @@
-"""How fast training is fed: from a folder as published, from a build, or drawn online, on one core.
+"""How fast training is fed on one core: drawn while training, from a build, as published.
 
-    python benchmarks/loading.py [name] [--images N] [--size N] [--rounds N]
+    python benchmarks/loading.py [name …] [--images N] [--size N] [--rounds N] [--builds]
 
-Prints images/s and batches/s (64 images) with the published augmentation, and without any. The
-published folder holds RGB PNG as Pillow saves it. Each source is read once a round, in turn; the
-best of the rounds counts, and its ratio to the published folder. Files come from the page cache,
-where they are after the first round: a disk can only be slower.
+Prints images per second of processor time with the augmentation of the family's recipe, and how
+many times that of the published program: a folder of RGB PNG as Pillow saves it, timm's transform.
+
+    published     that folder, one image after the other
+    online        drawn by the formula, the transform in kernels, through the loader
+    by threads    the same as a thread does it: no loader, no generator shared with others
+    timm          the transform alone: timm's on an RGB image
+    kernels       the transform alone: ours on the drawn image
+
+With --builds also our own folders and shards. Everything runs in one thread, in turn, --rounds
+times, and the best round counts. Processor time instead of the clock, because a machine that others
+use as well stretches the clock; even so, trust the ratios, not the rates. Files come from the page
+cache: a disk can only be slower.
 """
 
-import argparse, itertools, tempfile, time
+import argparse, tempfile, time
 from pathlib import Path
+import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms.v2 import CenterCrop, Compose, PILToTensor
 from fdsl_nb.data.augment import train_transform
 from fdsl_nb.build.build import build
 from fdsl_nb.data.loading import EpochBatchSampler, FormulaDataset, train_loader
@@ -22,28 +31,7 @@ from fdsl_nb.training.recipes import recipe
 from fdsl_nb.data.streams import ShardStream, stream_loader
 
 BATCH = 64
-
-
-def quiet(*_):
-    pass
-
-
-def save_as_published(f, root):
-    "The images as the published scripts leave them: three channels, Pillow's own settings."
-    for c, k in itertools.product(range(f.classes), range(f.instances)):
-        folder = root / 'train' / f'{c:05d}'
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(f.render(c, k)).convert('RGB').save(folder / f'{c:05d}_{k:04d}.png')
-
-
-def rate(loader):
-    "Images/s of one pass."
-    start, seen = time.perf_counter(), 0
-    for images, _ in loader:
-        seen += len(images)
-    return seen / (time.perf_counter() - start)
-
-
+FAMILIES = 'rcdb visualatom fractaldb mvfractaldb exfractaldb onepfrac ofdb2d ofdb3d'.split()
 BUILT = {
     'folder': {'layout': 'plain'},
     'shards, PNG': {'layout': 'shards', 'shard_images': 200},
@@ -51,49 +39,112 @@ BUILT = {
 }
 
 
-def write_all(f, root):
+def quiet(*_):
+    pass
+
+
+def drawn(f, i):
+    "Image i, as training would draw it."
+    return np.asarray(FormulaDataset(f)[i][0])
+
+
+def save_as_published(f, root, images):
+    "The images as the published scripts leave them: three channels, Pillow's own settings."
+    for i in range(images):
+        folder = Path(root) / 'published' / 'train' / f'{i % f.classes:05d}'
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(drawn(f, i)).convert('RGB').save(folder / f'{i:05d}.png')
+
+
+def rate(loader):
+    "Images per second of processor time in one pass."
+    start, seen = time.process_time(), 0
+    for images, _ in loader:
+        seen += len(images)
+    return seen / (time.process_time() - start)
+
+
+def each(images, work):
+    "A loader of one: what `work` makes of number 0 … images - 1."
+    return (([work(i)], None) for i in range(images))
+
+
+def sources(f, r, root, images):
+    "Name → function of an epoch that gives a loader."
+    ours, timms = train_transform(r), train_transform(r, fast=False)
+    own = FormulaDataset(f)
+    few = [drawn(f, i % len(own)) for i in range(min(images, 64))]
+    rgb = [Image.fromarray(image).convert('RGB') for image in few]
+    ours.from_seed(few[0], 0)  # compiled, and compared with timm's
+
+    def loader(dataset, transform, epoch):
+        batches = EpochBatchSampler(len(dataset), BATCH, images=images)
+        batches.epoch = epoch
+        return train_loader(dataset, transform, batches)
+
+    def by_thread(i):
+        i %= len(own)
+        image = drawn(f, i) if f.by_chance else f.render(*divmod(i, own.listed))
+        return ours.from_seed(image, i)
+
+    published = open_dataset(f'{root}/published')
+    return {
+        'published': lambda e: loader(published, timms, e),
+        'online': lambda e: loader(own, ours, e),
+        'by threads': lambda e: each(images, lambda i: by_thread(e * images + i)),
+        'timm': lambda e: each(images, lambda i: timms(rgb[i % len(rgb)])),
+        'kernels': lambda e: each(images, lambda i: ours.from_seed(few[i % len(few)], i)),
+    }
+
+
+def built_sources(f, r, root):
+    "The same for folders and shards that this package writes."
+    transform, found = train_transform(r), {}
     for name, arrangement in BUILT.items():
         build(f, Path(root) / name, workers=0, progress=quiet, **arrangement)
-    save_as_published(f, Path(root) / 'published')
+        dataset = open_dataset(f'{root}/{name}')
+        batches = EpochBatchSampler(len(dataset), BATCH)
+        found[name] = lambda e, d=dataset, b=batches: train_loader(d, transform, b)
+    stream = ShardStream(f'{root}/shards, zstd', transform, BATCH)
+    return found | {'stream, zstd': lambda e: stream_loader(stream)}
 
 
-def best_rates(f, root, transform, rounds):
-    "Source → images/s in its best round."
-    sets = {name: open_dataset(f'{root}/{name}') for name in ('published', *BUILT)}
-    sets['online'] = FormulaDataset(f)
-    best = dict.fromkeys((*sets, 'stream, zstd'), 0.0)
+def best_rates(made, rounds):
+    "Source → images per second in its best round; all sources in turn."
+    best = dict.fromkeys(made, 0.0)
     for epoch in range(rounds):
-        for name, dataset in sets.items():
-            batches = EpochBatchSampler(len(f), BATCH)
-            batches.epoch = epoch
-            best[name] = max(best[name], rate(train_loader(dataset, transform, batches)))
-        stream = ShardStream(f'{root}/shards, zstd', transform, BATCH)
-        best['stream, zstd'] = max(best['stream, zstd'], rate(stream_loader(stream)))
+        for name, loader in made.items():
+            best[name] = max(best[name], rate(loader(epoch)))
     return best
+
+
+def measure(name, args):
+    f = formula(name, classes=10, size=args.size)
+    if not f.by_chance and f.instances > args.images // 10:
+        f = formula(name, classes=10, instances=args.images // 10, size=args.size)
+    r = recipe(dataset=name)
+    with tempfile.TemporaryDirectory() as root:
+        save_as_published(f, root, min(args.images, len(FormulaDataset(f))))
+        made = sources(f, r, root, args.images)
+        if args.builds:
+            made |= built_sources(f, r, root)
+        best = best_rates(made, args.rounds)
+    print(f'\n{f.name}, {args.size}², {r.train_interpolation} filter, mean {r.mean[0]}')
+    for source, value in best.items():
+        print(f'{source:14}{value:8.0f} images/s{value / best["published"]:8.2f}×')
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('name', nargs='?', default='visualatom', help='the formula')
-    parser.add_argument('--images', type=int, default=640)
+    parser.add_argument('names', nargs='*', default=FAMILIES, help='formulas; all if none')
+    parser.add_argument('--images', type=int, default=320)
     parser.add_argument('--size', type=int, default=512)
     parser.add_argument('--rounds', type=int, default=3)
+    parser.add_argument('--builds', action='store_true', help='our folders and shards as well')
     args = parser.parse_args()
     torch.set_num_threads(1)
-    f = formula(args.name, classes=10, instances=args.images // 10, size=args.size)
-    transforms = {
-        'published augmentation': train_transform(recipe(dataset=args.name)),
-        'a crop': Compose([CenterCrop(224), PILToTensor()]),
-    }
-    with tempfile.TemporaryDirectory() as root:
-        write_all(f, root)
-        for what, transform in transforms.items():
-            best = best_rates(f, root, transform, args.rounds)
-            print(f'{f.name}, {args.size}², {what}')
-            print(f'{"":14}{"images/s":>12}{"batches/s":>12}{"ratio":>12}')
-            for name, value in best.items():
-                ratio = value / best['published']
-                print(f'{name:14}{value:12.0f}{value / BATCH:12.2f}{ratio:11.2f}×')
+    for name in args.names:
+        measure(name, args)
 
 
 if __name__ == '__main__':

@@ -2,7 +2,7 @@
 
 Modules:
 
-- `fdsl_nb.data.fast_augment`: timm's training transform for grey images in compiled kernels: the same draws, the same bits."""
+- `fdsl_nb.data.fast_augment`: timm's training transform for grey images, compiled, to the bit."""
 
 import hashlib
 import importlib

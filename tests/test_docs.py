@@ -134,7 +134,9 @@ def test_commands_of_the_pages_name_parameters_that_exist():
     commands = [
         c
         for page in [*PAGES, ROOT / 'README.md']
-        for c in re.findall(r'^fdsl run .*', page.read_text('utf-8'), re.MULTILINE)
+        for c in re.findall(
+            r'^fdsl run .*', page.read_text('utf-8').replace('\\\n', ' '), re.MULTILINE
+        )
     ]
     for command in commands:
         _, _, notebook, *words = shlex.split(

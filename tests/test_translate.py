@@ -369,7 +369,6 @@ PLACES = {'dataset', 'val_dir', 'train_split', 'val_split'}
 ON_PURPOSE = dict(
     visualatom1k_vit_tiny={'epochs'},  # the paper's 300; the record is that of 21,000 classes
     visualatom1k_vit_base={'epochs'},
-    coyo300m_vit_large={'loss'},  # exact, without Keras's clip
 )
 
 

@@ -14,6 +14,7 @@ from torchvision.transforms import Compose, RandomCrop, Resize
 from ..core.rng import ERASE, MIX, seed_for
 from .loading import seeded
 from .augmentation import Augmentation, Mixing
+from .fast_augment import GreyTransform
 from .inception import CentreView, InceptionView, SquashView, reversed_mixer
 
 # %% ../../nbs/data/03_augment.ipynb #38ae07cd
@@ -23,6 +24,7 @@ def as_rgb(image):
 
 def train_transform(
     a: Augmentation,
+    fast: bool = True,  # grey images in compiled kernels: the same bits, sooner
 ) -> Callable:  # Pillow image, L or RGB → [3, size, size]; [splits, 3, …] with `aug_splits`
     "The random transform for training, by timm: float32, or uint8 where a `BatchFinisher` follows."
     if a.train_crop_mode == 'inception':
@@ -52,7 +54,7 @@ def train_transform(
     if a.train_crop_mode == 'random':
         crop = RandomCrop(a.img_size)
         first = Compose([Resize(a.resize_size), crop]) if a.resize_size else crop
-    return Compose([first, as_rgb, *others])
+    return (GreyTransform if fast else Compose)([first, as_rgb, *others])
 
 
 def eval_transform(
@@ -136,7 +138,7 @@ class BatchFinisher:
     ):
         self.mix, self.seed = mix, seed
         scaled = [torch.tensor([255 * x for x in values]) for values in (a.mean, a.std)]
-        self.mean, self.std = (x.view(1, 3, 1, 1).to(device) for x in scaled)
+        self.mean, self.std = (x.view(1, -1, 1, 1).to(device) for x in scaled)
         self.erase = RandomErasing(a.reprob, mode=a.remode, max_count=a.recount, device=device)
 
     def __call__(

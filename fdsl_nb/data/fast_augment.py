@@ -1,4 +1,4 @@
-"""timm's training transform for grey images in compiled kernels: the same draws, the same bits.
+"""timm's training transform for grey images, compiled, to the bit.
 
 timm, Pillow and torch are the specification. What is not covered here goes to them: colour, other
 policies than RandAugment, other filters than bilinear and bicubic. So does everything where a
@@ -284,7 +284,7 @@ def _coefficients(length, size, bicubic):
     support = (2.0 if bicubic else 1.0) * stretch
     inverse = 1.0 / stretch
     first, count = np.empty(size, np.int64), np.empty(size, np.int64)
-    weights = np.zeros((size, int(math.ceil(support)) * 2 + 1), np.int32)
+    weights = np.zeros((size, math.ceil(support) * 2 + 1), np.int32)
     row = np.empty(weights.shape[1])
     for i in range(size):
         centre = (i + 0.5) * scale
@@ -499,7 +499,7 @@ def _slid_row(line, shift, offset, bicubic, low, high, out):
     n = line.size
     for x in range(low, high):
         at = ((x + 0.5) + shift) + offset - 0.5
-        i = int(math.floor(at))
+        i = math.floor(at)
         t = at - i
         if bicubic:
             a, b = float(line[min(max(i - 1, 0), n - 1)]), float(line[min(max(i, 0), n - 1)])
@@ -543,7 +543,7 @@ def _slid(plane, slope, offset, bicubic, out, inside):
             high -= 1
         inside[y, 0], inside[y, 1] = low, high
         middle = (low + high) // 2
-        first = int(math.floor(((middle + 0.5) + shift) + offset - 0.5)) - middle
+        first = math.floor(((middle + 0.5) + shift) + offset - 0.5) - middle
         start, stop = max(low, 1 - first), min(high, width - 2 - first)
         if start < stop and _slid_inside(
             plane[y], first, start, stop, shift, offset, bicubic, out[y]
@@ -587,44 +587,88 @@ def _rotation(degrees, width, height):
 
 
 @njit(cache=True, nogil=True)
-def _row_at(line, i, t, bicubic):
-    n = line.size
-    b, c = float(line[min(max(i, 0), n - 1)]), float(line[min(i + 1, n - 1)])
-    if not bicubic:
-        return b + (c - b) * t
-    return _cubic(float(line[min(max(i - 1, 0), n - 1)]), b, c, float(line[min(i + 2, n - 1)]), t)
+def _padded(plane):
+    "The plane, two pixels wider on each side: its outermost ones repeated."
+    size = plane.shape[0]
+    out = np.empty((size + 4, size + 4), np.uint8)
+    for y in range(size + 4):
+        line, source = out[y], plane[min(max(y - 2, 0), size - 1)]
+        line[2 : size + 2] = source
+        line[:2], line[size + 2 :] = source[0], source[size - 1]
+    return out
 
 
 @njit(cache=True, nogil=True)
-def _value_at(plane, x, y, bicubic):
-    "The value at a place inside, between pixels."
-    x, y = x - 0.5, y - 0.5
-    i, j = int(math.floor(x)), int(math.floor(y))
-    s, t = x - i, y - j
-    n = plane.shape[0]
-    b = _row_at(plane[min(max(j, 0), n - 1)], i, s, bicubic)
-    c = _row_at(plane[min(j + 1, n - 1)], i, s, bicubic)
-    if not bicubic:
-        return np.uint8(b + (c - b) * t)
-    a = _row_at(plane[min(max(j - 1, 0), n - 1)], i, s, bicubic)
-    d = _row_at(plane[min(j + 2, n - 1)], i, s, bicubic)
-    return np.uint8(min(max(_cubic(a, b, c, d, t), 0.0), 255.0))
+def _places(matrix, y, low, high, stride, at, across, down):
+    "Where the pixels of a row come from in a padded plane: the first of 16, and how far beyond."
+    a, b, c, d, e, f = matrix
+    for k in range(high - low):
+        u = a * (low + k + 0.5) + b * (y + 0.5) + c - 0.5
+        v = d * (low + k + 0.5) + e * (y + 0.5) + f - 0.5
+        i, j = math.floor(u), math.floor(v)
+        across[k], down[k] = u - i, v - j
+        at[k] = (j + 1) * stride + i + 1
+
+
+@njit(cache=True, nogil=True)
+def _gathered(flat, at, offset, n, out):
+    for k in range(n):
+        out[k] = float(flat[at[k] + offset])
+
+
+@njit(cache=True, nogil=True)
+def _cubics(a, b, c, d, t, n, out):
+    for k in range(n):
+        out[k] = _cubic(a[k], b[k], c[k], d[k], t[k])
+
+
+@njit(cache=True, nogil=True)
+def _turned_row(flat, at, stride, bicubic, across, down, four, rows, out):
+    "Pixels between those of a padded plane; `four`, `rows` float64 [4, n] are room to work."
+    n, taps = out.size, 4 if bicubic else 2
+    skip = 0 if bicubic else stride + 1
+    for r in range(taps):
+        for k in range(taps):
+            _gathered(flat, at, uint64(skip + r * stride + k), n, four[k])
+        if bicubic:
+            _cubics(four[0], four[1], four[2], four[3], across, n, rows[r])
+        else:
+            for k in range(n):
+                rows[r, k] = four[0, k] + (four[1, k] - four[0, k]) * across[k]
+    if bicubic:
+        _cubics(rows[0], rows[1], rows[2], rows[3], down, n, four[0])
+    else:
+        for k in range(n):
+            four[0, k] = rows[0, k] + (rows[1, k] - rows[0, k]) * down[k]
+    for k in range(n):
+        out[k] = np.uint8(min(max(four[0, k], 0.0), 255.0))
+
+
+@njit(cache=True, nogil=True)
+def _within(matrix, y, width, height):
+    "The first column of a row that comes from inside, and the one after the last."
+    a, b, c, d, e, f = matrix
+    low, high = width, 0
+    for x in range(width):
+        u, v = a * (x + 0.5) + b * (y + 0.5) + c, d * (x + 0.5) + e * (y + 0.5) + f
+        if not (u < 0.0 or u >= width or v < 0.0 or v >= height):
+            low, high = min(low, x), x + 1
+    return min(low, high), high
 
 
 @njit(cache=True, nogil=True)
 def _rotated(plane, degrees, bicubic, out, inside):
     "A plane turned about its middle; `inside` [rows, 2] becomes the columns that have a value."
     height, width = plane.shape
-    a, b, c, d, e, f = _rotation(degrees, width, height)
+    flat, stride = _padded(plane).ravel(), width + 4
+    at, across, down = np.empty(width, np.uint64), np.empty(width), np.empty(width)
+    four, rows = np.empty((4, width)), np.empty((4, width))
+    matrix = _rotation(degrees, width, height)
     for y in range(height):
-        inside[y, 0], inside[y, 1] = width, 0
-        for x in range(width):
-            u = a * (x + 0.5) + b * (y + 0.5) + c
-            v = d * (x + 0.5) + e * (y + 0.5) + f
-            if not (u < 0.0 or u >= width or v < 0.0 or v >= height):
-                out[y, x] = _value_at(plane, u, v, bicubic)
-                inside[y, 0], inside[y, 1] = min(inside[y, 0], x), x + 1
-        inside[y, 0] = min(inside[y, 0], inside[y, 1])
+        low, high = _within(matrix, y, width, height)
+        inside[y, 0], inside[y, 1] = low, high
+        _places(matrix, y, low, high, stride, at, across, down)
+        _turned_row(flat, at, stride, bicubic, across, down, four, rows, out[y, low:high])
 
 
 @njit(cache=True, nogil=True)

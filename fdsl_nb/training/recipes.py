@@ -433,11 +433,12 @@ _fine2022 = replace(
     model=_BASE,
     hflip=0.5,
     remode='const',
+    head='new',
     eval_metric='top1',
     cost='300 epochs',
 )
 _plain = dict(reprob=0.0, drop_path=0.0)
-_fine_defaults = replace(_defaults, source='', dataset='imagenet')
+_fine_defaults = replace(_defaults, source='', dataset='imagenet', head='new')
 _fine2023 = replace(
     _ofdb,
     **_IMAGENET,
@@ -551,6 +552,7 @@ _fractaldb_fine = replace(
     **_momentum | dict(lr=0.01, cost='90 epochs'),
     **_IMAGENET,
     dataset='cifar10',
+    head='new',
     resize_size=256,
     crop_pct=0.875,
     crop_mode='center',
