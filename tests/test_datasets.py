@@ -20,6 +20,7 @@ from fdsl_nb.data.loading import (
     hold_out,
     train_loader,
 )
+from fdsl_nb.training.plan import RunConfig
 from fdsl_nb.training.training import make_loaders, many_labels
 from fdsl_nb.training.validation import picture_names
 
@@ -166,7 +167,7 @@ def test_a_plain_data_set_trains_like_one_of_ours():
     assert seen(train_loader(Greys(), PILToTensor(), batches)) == seen(
         as_images(Greys()).train_loader(PILToTensor(), batches, 2)
     )
-    train, _ = make_loaders(dict(batch_size=4, seed=0, workers=0, img_size=8), {'train': Greys()})
+    train, _ = make_loaders(RunConfig(batch_size=4, img_size=8), {'train': Greys()})
     assert len(train) == 5 and not many_labels({'train': Greys()})
     rest, aside = hold_out(Greys(), 0.2)
     assert isinstance(rest, Part)

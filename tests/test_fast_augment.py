@@ -170,6 +170,15 @@ def test_threads_change_nothing():
     assert random.getstate() == state, 'a global generator was used'
 
 
+def test_threads_may_share_a_transform_that_was_not_compared_yet():
+    images = [pictures(64)[0], coloured(pictures(64)[1])]  # the second one goes through timm
+    known, fresh = train_transform(SETTINGS['colour']), train_transform(SETTINGS['colour'])
+    alone = [known.from_seed(images[i % 2], i) for i in range(48)]
+    with ThreadPoolExecutor(4) as pool:
+        shared = list(pool.map(lambda i: fresh.from_seed(images[i % 2], i), range(48)))
+    assert fresh.fast and all(map(torch.equal, alone, shared))
+
+
 def test_images_go_where_they_are_wanted():
     ours = train_transform(SETTINGS['published'])
     batch = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)

@@ -18,6 +18,7 @@ from fdsl_nb.data.datasets import open_dataset, open_split
 from fdsl_nb.data.loading import EpochBatchSampler, FolderDataset, FormulaDataset, train_loader
 from fdsl_nb.data.shards import BuiltDataset, metadata_folder
 from fdsl_nb.formulas.formula import formula
+from fdsl_nb.training.plan import run_config
 from fdsl_nb.training.training import open_splits, run_training
 
 pytestmark = pytest.mark.usefixtures('own_data_root')
@@ -303,7 +304,7 @@ def test_published_layouts_are_trained_on(tmp_path, whose, kind):
     result = run_training(config | dict(model_kwargs=tiny))
     assert result['split'] == 'val' and result['images'] == 6
     with pytest.raises(FileNotFoundError, match="no split 'half'"):
-        open_splits({k: r.value for k, r in config.items()} | dict(val_split='half'))
+        open_splits(run_config({k: r.value for k, r in config.items()} | dict(val_split='half')))
 
 
 @pytest.mark.parametrize('build_of', ['a build', 'a folder'])

@@ -25,8 +25,8 @@ from fdsl_nb.core.folder import RunFolder, read_summary
 from fdsl_nb.training.learner import fdsl_learner
 from fdsl_nb.models.models import create_model
 from fdsl_nb.training.optimise import make_schedule
-from fdsl_nb.training.plan import Recipe
-from fdsl_nb.training.training import make_model, open_splits, read_recipe, run_training, train
+from fdsl_nb.training.plan import Recipe, run_config
+from fdsl_nb.training.training import make_model, open_splits, run_training, train
 from training_helpers import (
     BASE,
     DRAWN,
@@ -54,7 +54,7 @@ def distance(one, other):
 
 
 def first_weights(**given):
-    return make_model(BASE | given, 4)[0].state_dict()
+    return make_model(run_config(BASE | given), 4)[0].state_dict()
 
 
 # The learning rate
@@ -260,7 +260,7 @@ def test_averaged_weights_are_measured_and_saved(dynamic, tmp_path):
     )
     with watching(trail):
         train(config)
-    start = make_model(config, 10)[0].state_dict()
+    start = make_model(run_config(config), 10)[0].state_dict()
     by_hand = {k: torch.zeros_like(v) if dynamic else start[k] for k, v in trail.trail[0].items()}
     for t, now in enumerate(trail.trail, 1):
         d = 0.7 if t > 1 else 0.0  # timm: the first update copies
@@ -272,7 +272,7 @@ def test_averaged_weights_are_measured_and_saved(dynamic, tmp_path):
     model = create_model(BASE['model'], 10, 32, **TINY)
     loaded = load_weights(model, tmp_path / 'last.pth.tar', use_ema=True)
     assert loaded.head == 'kept, 10 classes' and distance(model.state_dict(), saved) == 0
-    transform = eval_transform(read_recipe(config))
+    transform = eval_transform(run_config(config))
     found = evaluate(model, eval_loader(open_dataset('digits', 'val'), transform, 256), 10)
     assert read_summary(RunFolder(tmp_path))[0]['eval_loss'] == pytest.approx(found.loss, rel=1e-6)
 
@@ -455,7 +455,7 @@ def test_the_best_or_the_last_is_exported(tmp_path):
 
 def test_images_held_out_choose(tmp_path):
     config = dict(BASE, valid_pct=0.25)
-    splits = open_splits(config)
+    splits = open_splits(run_config(config))
     assert (len(splits['train']), len(splits['val'])) == (24, 8)
     _, _, result = trained(tmp_path, valid_pct=0.25, batch_size=8, eval_metric='top1')
     assert (result['split'], result['images']) == ('val', 8)
@@ -467,7 +467,7 @@ def test_a_zero_head(tmp_path):
     given = dict(weights=str(tmp_path / 'first' / 'last.pth.tar'), head='zero')
     _, watch, _ = trained(tmp_path / 'second', **given)
     assert watch.losses[0] == pytest.approx(math.log(4), abs=1e-6)
-    model, loaded = make_model(BASE | given, 4)
+    model, loaded = make_model(run_config(BASE | given), 4)
     assert 'zeroed' in loaded.head and not model.head.weight.any()
     assert torch.equal(model.pos_embed, weights(tmp_path / 'first')['pos_embed'])
 

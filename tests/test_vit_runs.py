@@ -12,7 +12,8 @@ from PIL import Image
 from fdsl_nb.models.checkpoints import read_checkpoint
 from fdsl_nb.core.folder import RunFolder, read_summary
 from fdsl_nb.app.runs import configuration
-from fdsl_nb.training.training import make_model, read_recipe, run_training
+from fdsl_nb.training.plan import run_config
+from fdsl_nb.training.training import make_model, run_training
 
 NPZ = Path(__file__).parent / 'golden' / 'google_vit_tiny.npz'
 MODEL = dict(
@@ -62,11 +63,11 @@ def test_the_published_recipe_in_steps_from_googles_weights(pictures, tmp_path):
 
 def test_a_run_starts_with_a_zeroed_head_and_the_published_dropout(pictures, tmp_path):
     values = {k: v.value for k, v in config(tmp_path, pictures, budget='paper').items()}
-    model, loaded = make_model(values, 2)
+    model, loaded = make_model(run_config(values), 2)
     assert not model.head.weight.any() and 'zeroed' in loaded.head
     block = model.blocks[0]
     assert (block.mlp.drop1.p, block.attn.proj_drop.p, model.pos_drop.p) == (0.1, 0, 0.1)
-    assert read_recipe(values).epochs == 100
+    assert run_config(values).epochs == 100
 
 
 def test_a_budget_of_minutes_keeps_weights_and_data(pictures, tmp_path):

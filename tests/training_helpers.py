@@ -163,8 +163,8 @@ def watching(*callbacks):
         left['learn'] = built(*args, **more)
         return left['learn']
 
-    def more_callbacks(config, folder):
-        return [*made(config, folder), *callbacks]
+    def more_callbacks(*given):
+        return [*made(*given), *callbacks]
 
     training.make_callbacks, training.fdsl_learner = more_callbacks, learner
     try:

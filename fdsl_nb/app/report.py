@@ -19,7 +19,8 @@ from ..training.distributed import found_ranks
 from .compare import published_of
 from ..training.evaluate import Evaluation, show_confusion, show_mistakes
 from ..core.folder import RunFolder, read_summary
-from ..training.training import open_splits, read_recipe, run_training
+from ..training.plan import run_config
+from ..training.training import open_splits, run_training
 from ..training.validation import open_evaluation_data, read_predictions
 
 # %% ../../nbs/app/05_report.ipynb #3867d1f8
@@ -53,10 +54,10 @@ def _last_view(images, r):
 
 def show_samples(config: dict, classes: int = 3, images: int = 4):
     "Images of a few classes, left as they are, right as in epoch 0; saved as `samples.png`."
-    values = {k: v.value for k, v in config.items()}
-    data, r = open_splits(values)['train'], read_recipe(values)
+    r = run_config({k: v.value for k, v in config.items()})
+    data = open_splits(r)['train']
     transform = train_transform(replace(r, prefetcher=False))
-    seen = AugmentedDataset(data, transform, values['seed'], r.aug_repeats)
+    seen = AugmentedDataset(data, transform, r.seed, r.aug_repeats)
     titles, rows = [], []
     for title, numbers in _rows_of(data, classes, images):
         titles.append(title)

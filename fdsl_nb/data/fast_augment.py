@@ -779,6 +779,7 @@ class Plan(NamedTuple):
 
 
 _local = threading.local()
+_global_generators = threading.RLock()  # held by whoever seeds them
 
 
 def _own_generator(seed):
@@ -910,11 +911,17 @@ class GreyTransform(Compose):
     def fast(self) -> bool:
         "Are grey images done in kernels? Compares both ways when it is first asked."
         if self._agrees is None:
-            fault = self._difference() if self._settings else ''
-            self._agrees = bool(self._settings) and not fault
-            if fault:
-                print(fault, file=sys.stderr)
+            with _global_generators:
+                self._compare()
         return self._agrees
+
+    def _compare(self):
+        if self._agrees is not None:  # another thread has done it meanwhile
+            return
+        fault = self._difference() if self._settings else ''
+        if fault:
+            print(fault, file=sys.stderr)
+        self._agrees = bool(self._settings) and not fault
 
     def __call__(
         self,
@@ -936,7 +943,7 @@ class GreyTransform(Compose):
         grey = _grey(image) if self.fast else None
         if grey is not None:
             return self.apply(grey, self.draw_from(seed, *grey.shape), out)
-        with seeded(seed):
+        with _global_generators, seeded(seed):
             result = self(image)
         return result if out is None else out.copy_(result)
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['HEADS', 'RESIZE_MODES', 'LOSSES', 'RATES', 'PROGRAM_SCHEDULES', 'SCHEDULES', 'METRICS', 'OTHER_NAMES', 'check_opt',
            'check_word', 'Data', 'Start', 'Optimisation', 'Schedule', 'Recipe', 'in_epochs', 'checked', 'Run',
-           'Evaluation']
+           'RunConfig', 'run_config', 'Evaluation']
 
 # %% ../../nbs/training/00_plan.ipynb #d3aeacd0
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from fdsl_nb.core.settings import (
     PRECISIONS,
     PROCESSES,
@@ -265,6 +265,20 @@ class Run:
     wandb_entity: str = ''
     wandb_project: str = 'fdsl'
     wandb_group: str = ''
+
+# %% ../../nbs/training/00_plan.ipynb #ad17d3b6
+@dataclass(frozen=True)
+class RunConfig(Recipe, Run):
+    "A recipe, and how it is carried out: all that a training is told."
+
+
+def run_config(
+    values: dict,  # by name, plain data; lists stand for tuples, other names are left out
+) -> RunConfig:
+    "The values as a configuration, its length in epochs; `ValueError` for what cannot be."
+    known = {f.name for f in fields(RunConfig)}
+    typed = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+    return in_epochs(checked(RunConfig(**typed)))
 
 # %% ../../nbs/training/00_plan.ipynb #00c53e15
 @dataclass(frozen=True)

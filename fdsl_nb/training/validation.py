@@ -33,13 +33,12 @@ from fdsl_nb.core.folder import (
 )
 from ..models.models import create_model, current_name
 from .multilabel import evaluate_labels
-from .plan import Evaluation, Recipe
+from .plan import Evaluation, Recipe, run_config
 from ..core.settings import Resolved, check_settings, did_you_mean
 from fdsl_nb.training.training import (
     architecture_of,
     checkpoint_settings,
     open_splits,
-    read_recipe,
     read_result,
     recorded,
 )
@@ -157,7 +156,7 @@ def open_evaluation_data(config: dict) -> tuple:  # (name of the split, data set
     name, knobs, asked = config['dataset'], config.get('knobs') or {}, config.get('split')
     for split in (asked,) if asked else ('test', 'val', 'train'):
         if config.get('valid_pct') and split != 'test':
-            data = open_splits(config).get(split)
+            data = open_splits(run_config(config)).get(split)
         else:
             where = {k: config.get(k) or '' for k in WHERE}
             data = open_split(name, split, **where, **knobs)
@@ -176,7 +175,7 @@ def picture_names(data) -> list:
 # %% ../../nbs/training/09_validation.ipynb #2fda60b7
 def load_evaluated_model(config: dict, classes: int) -> tuple:  # (model, `LoadReport`)
     "The model with its own head; `CheckpointError` if it has no head for so many classes."
-    r, weights = read_recipe(config), config['weights']
+    r, weights = run_config(config), config['weights']
     img_size = None if ':' in r.model else r.img_size
     model = create_model(r.model, classes, img_size, seed=0, **r.model_kwargs)
     report = load_weights(model, weights, use_ema=config['use_ema'])
@@ -200,7 +199,7 @@ def validate(
     with join() as device:
         split, data = open_evaluation_data(config)
         model, report = load_evaluated_model(config, 1000 if real else len(data.classes))
-        transform = eval_transform(read_recipe(config))
+        transform = eval_transform(run_config(config))
         loader = eval_loader(
             data, transform, config['batch_size'], get_rank(), get_world_size(), config['workers']
         )
