@@ -717,6 +717,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fdsl_nb.core.folder._holder': ('core/folder.html#_holder', 'fdsl_nb/core/folder.py'),
                                      'fdsl_nb.core.folder._lock_class': ('core/folder.html#_lock_class', 'fdsl_nb/core/folder.py'),
                                      'fdsl_nb.core.folder._number': ('core/folder.html#_number', 'fdsl_nb/core/folder.py'),
+                                     'fdsl_nb.core.folder._rows_of': ('core/folder.html#_rows_of', 'fdsl_nb/core/folder.py'),
                                      'fdsl_nb.core.folder.add_epoch': ('core/folder.html#add_epoch', 'fdsl_nb/core/folder.py'),
                                      'fdsl_nb.core.folder.atomic_write': ('core/folder.html#atomic_write', 'fdsl_nb/core/folder.py'),
                                      'fdsl_nb.core.folder.inside': ('core/folder.html#inside', 'fdsl_nb/core/folder.py'),

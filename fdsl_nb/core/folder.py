@@ -346,11 +346,17 @@ def _number(column, text):
 
 
 def read_summary(folder: RunFolder) -> list:
-    "The rows of `summary.csv` as dicts of numbers, oldest first; empty if there is none."
+    "The rows of `summary.csv` as dicts of numbers, oldest first; `ValueError` if it is cut short."
     if not folder.file('summary.csv').exists():
         return []
-    lines = folder.file('summary.csv').read_text().splitlines(True)
-    whole = [line for line in lines if line.endswith('\n')]
+    text = folder.file('summary.csv').read_text()
+    if not text.endswith('\n'):
+        raise ValueError('the last line of summary.csv is cut short')
+    return _rows_of(text)
+
+
+def _rows_of(text):
+    whole = text[: text.rfind('\n') + 1].splitlines()
     return [{k: _number(k, v) for k, v in row.items()} for row in csv.DictReader(whole)]
 
 
@@ -387,7 +393,8 @@ def add_epoch(
         with open(path, 'a') as f:
             f.write(_as_csv([*row], [row], header=False))
         return
-    rows = [r for r in read_summary(folder) if r['epoch'] < row['epoch']] + [row]
+    before = _rows_of(path.read_text()) if path.exists() else []
+    rows = [r for r in before if r['epoch'] < row['epoch']] + [row]
     columns = list(dict.fromkeys(k for r in rows for k in r))
     with atomic_write(path, 'w') as f:
         f.write(_as_csv(columns, rows))
