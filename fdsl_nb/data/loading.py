@@ -31,6 +31,7 @@ class ImageDataset(Dataset):
     # images are L or RGB, `classes` is a list of names
 
     multilabel = False  # is a label a float32 target [classes], for several classes an image?
+    fixed = False  # is image i known to be the same whenever it is asked for?
 
     def label(self, i: int):
         raise NotImplementedError(
@@ -87,6 +88,7 @@ class FormulaDataset(ImageDataset):
         self.formula = formula
         self.classes = [f'{c:05d}' for c in range(formula.classes)]
         self.listed = 1 if formula.by_chance else formula.instances
+        self.fixed = not formula.by_chance
 
     def __len__(self):
         return self.formula.classes * self.listed
@@ -401,10 +403,15 @@ class AugmentedDataset(Dataset):
     def __len__(self):
         return len(self.images)
 
-    def __getitem__(self, draw: SampleIndex):
-        number = draw.index * self.repeats + draw.repeat
-        with seeded(seed_for(self.seed, AUGMENT, draw.pass_index, number)):
-            image, label = self.images[draw.index]
+    def __getitem__(self, sample: SampleIndex):
+        number = sample.index * self.repeats + sample.repeat
+        seed = seed_for(self.seed, AUGMENT, sample.pass_index, number)
+        from_seed = getattr(self.transform, 'from_seed', None)
+        if from_seed and getattr(self.images, 'fixed', False):
+            image, label = self.images[sample.index]
+            return from_seed(image, seed), label
+        with seeded(seed):
+            image, label = self.images[sample.index]
             return self.transform(image), label
 
 # %% ../../nbs/data/00_loading.ipynb #18d74173
@@ -416,6 +423,7 @@ class Part(ImageDataset):
         self.numbers = numbers
         self.classes = self.images.classes
         self.multilabel = self.images.multilabel
+        self.fixed = self.images.fixed
 
     def __len__(self):
         return len(self.numbers)
