@@ -2247,6 +2247,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'fdsl_nb/training/training.py'),
                                            'fdsl_nb.training.training._beside_process_0': ( 'training/training.html#_beside_process_0',
                                                                                             'fdsl_nb/training/training.py'),
+                                           'fdsl_nb.training.training._description': ( 'training/training.html#_description',
+                                                                                       'fdsl_nb/training/training.py'),
                                            'fdsl_nb.training.training._eval_loader': ( 'training/training.html#_eval_loader',
                                                                                        'fdsl_nb/training/training.py'),
                                            'fdsl_nb.training.training._export': ( 'training/training.html#_export',

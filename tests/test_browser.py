@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import papermill
 import pytest
+from click import ClickException
 from fake_runs import add_fake_epoch, fake_run
 from PIL import Image
 
@@ -293,7 +294,7 @@ def test_the_run_notebook_is_a_report(root, tmp_path):
         and 'visualatom' in tables
         and 'rcdb/second' not in tables
     )
-    with pytest.raises(papermill.PapermillExecutionError, match="did you mean 'root'"):
+    with pytest.raises(ClickException, match="did you mean 'root'"):
         papermill.execute_notebook(
             str(ROOT / 'nbs' / 'browse.ipynb'),
             None,

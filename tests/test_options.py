@@ -511,3 +511,11 @@ class Statistics(Watch):
         model, average = self.learn.model.module, self.learn.average.module
         self.kept += [{k: v.clone() for k, v in m.state_dict().items()} for m in (model, average)]
         torch.save(self.kept, self.folder / f'statistics-{os.environ["RANK"]}.pt')
+
+
+def test_a_card_says_what_was_trained_and_in_which_budget(tmp_path):
+    for budget in ('demo', 'paper'):
+        trained(tmp_path / budget, export=True, budget=budget, **DIGITS)
+        card = (tmp_path / budget / 'model' / 'README.md').read_text()
+        assert 'Trained on digits' in card and '1 epochs, ' in card
+        assert ('shrunk to minutes' in card) == (budget == 'demo')

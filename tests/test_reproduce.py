@@ -333,7 +333,7 @@ def test_every_seed_has_a_pretraining_of_its_own(tmp_path):
         (dict(budget='large'), "budget='large' is not known"),
         (dict(recipe=3), "recipe=3 should be of type list"),
         (dict(recipe='coyo300m_vit_large', online=False), 'which no formula draws'),
-        (dict(seeds=0), 'at least one is needed'),
+        (dict(seeds=0), 'seeds=0 is outside 1'),
     ),
 )
 def test_slips_stop_it_before_anything_runs(slip, words, tmp_path):

@@ -47,7 +47,7 @@ def test_the_wheel_holds_modules_notebooks_and_settings_and_nothing_else(wheel):
         settings = archive.read('fdsl_nb/notebooks/settings.template.ini')
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / 'fdsl_nb').rglob('*.py')}
     notebooks = {f'fdsl_nb/notebooks/{p.name}' for p in (ROOT / 'nbs').glob('*.ipynb')}
-    ours = {'papermill_fdsl_nb.py', 'fdsl_nb/notebooks/settings.template.ini'}
+    ours = {'papermill_fdsl_nb.py', 'fdsl_nb/py.typed', 'fdsl_nb/notebooks/settings.template.ini'}
     assert names == modules | notebooks | ours
     assert settings == (ROOT / 'settings.ini').read_bytes()
 

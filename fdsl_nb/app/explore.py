@@ -112,7 +112,8 @@ def as_command(
     words = ['papermill', 'nbs/pretrain.ipynb', f'{folder}/pretrain.ipynb', '-p', 'dataset', name]
     own = changed(name, settings)
     for each in TYPED:
-        if each in own:
+        # a training's own seed has 32 bits, a formula's 64
+        if each in own and not (each == 'seed' and own[each] >= 2**32):
             words += ['-p', each, str(own.pop(each))]
     if own:
         style = dict(default_flow_style=True, allow_unicode=True, width=10**6)

@@ -180,7 +180,9 @@ def what_is_trained(notebook: str, given: dict) -> dict:  # name → `Resolved`
     knobs = knobs_given(notebook, given)
     if knobs:
         own['knobs'] = knobs
-    config = resolve(notebook, own, given.get('recipe'), given.get('budget', BUDGETS[0]))
+    budget = given.get('budget', BUDGETS[0])
+    config = resolve(notebook, own, given.get('recipe'), budget)
+    config['budget'] = Resolved(budget, 'parameter' if 'budget' in given else 'default')
     file = given.get('resume') or given.get('weights')
     if file and 'model' not in given:
         architecture = architecture_of(file)

@@ -39,6 +39,9 @@ def encode(
     return zstandard.ZstdCompressor(level=1, write_checksum=True).compress(buffer.getvalue())
 
 # %% ../../nbs/data/04_shards.ipynb #ebb7c336
+_PNG_END = bytes.fromhex('0000000049454e44ae426082')  # the chunk IEND
+
+
 def decode(
     data: bytes,
     name: str,  # for the format and for the message
@@ -50,6 +53,8 @@ def decode(
         image = Image.open(io.BytesIO(data))
         if image.format == 'PNG':
             image.verify()  # its checksums, which loading passes over
+            if _PNG_END not in data[-4096:]:
+                raise ValueError('its end mark is damaged')
             image = Image.open(io.BytesIO(data))
         image.load()
         return image if image.mode in ('L', 'RGB') else image.convert('RGB')

@@ -245,6 +245,7 @@ def _schedule_fault(r):
 class Run:
     "How a run is carried out."
 
+    budget: str = setting('', choices=('', 'demo', 'paper'))  # that the recipe was given
     seed: int = setting(0, 0, 2**32 - 1)  # torch's generator takes 32 bits
     folder: str = ''
     weights: str = ''  # a checkpoint to start from

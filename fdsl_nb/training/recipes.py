@@ -972,6 +972,9 @@ def _epochs_of_steps(r, config):
     return {k: Resolved(getattr(found, k), source) for k in ('epochs', 'samples_per_epoch')}
 
 # %% ../../nbs/training/01_recipes.ipynb #de8f46d5
+_AT_HAND = dict(pretrain='rcdb', finetune='digits')
+
+
 def resolve(
     stage: str,  # pretrain or finetune
     given: dict,  # by hand: fields of `Recipe`, and knobs of the formula under `knobs`
@@ -983,8 +986,10 @@ def resolve(
         raise ValueError(f'budget={budget!r} is not known' + did_you_mean(budget, BUDGETS))
     check_settings(Recipe, given, stage)
     base = recipe(name, stage, given.get('dataset'))
-    if given.get('dataset', base.dataset) != base.dataset:
-        base = replace(base, dataset=given['dataset'], knobs={})
+    # a run that names neither recipe nor data set takes what is there without a download
+    wanted = given.get('dataset', base.dataset if name else _AT_HAND[stage])
+    if wanted != base.dataset:
+        base = replace(base, dataset=wanted, knobs={})
     chosen = shrink(base, stage) if budget == 'demo' else base
     config = {}
     for f in fields(Recipe):

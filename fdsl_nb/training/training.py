@@ -58,7 +58,7 @@ from fdsl_nb.training.saving import (
 
 # %% ../../nbs/training/08_training.ipynb #be6f9a80
 RUN = {f.name: f.default for f in fields(Run)}
-OF_THE_RUN = ('seed', 'weights', 'stage', 'resume', 'no_resume_opt')
+OF_THE_RUN = ('budget', 'seed', 'weights', 'stage', 'resume', 'no_resume_opt')
 READ = ('weights', 'resume', 'dataset', 'data_dir', 'val_dir')  # what is never moved aside
 FREE = tuple(k for k in RUN if k not in OF_THE_RUN)
 
@@ -262,13 +262,24 @@ def chosen_model(learn, folder: RunFolder):
     return model
 
 
+def _description(c):
+    "What the network was trained on, for its card; a shrunk recipe is not the paper's."
+    recipe, paper = c.name or 'own settings', c.paper or 'no paper'
+    length = f'{c.epochs} epochs, {c.img_size} pixels, batches of {c.batch_size}'
+    if c.budget != 'demo':
+        return f'Trained on {c.dataset} by `{recipe}` ({paper}): {length}.'
+    return (
+        f'Trained on {c.dataset} by `{recipe}` ({paper}), shrunk to minutes (`budget demo`): '
+        f'{length}. Network and numbers are not those of the paper.'
+    )
+
+
 def _export(model, c, folder):
     note_files(folder, EXPORTED)
-    recipe, paper = c.name or 'own settings', c.paper or 'no paper'
     export_model(
         folder.file('model'),
         model,
-        description=f"Trained on {c.dataset} by `{recipe}` ({paper}).",
+        description=_description(c),
         data_config=dict(
             mean=c.mean,
             std=c.std,
