@@ -169,10 +169,10 @@ class SaveCheckpoints(Callback):
         return self.interval_saved_epochs and self.learn.epoch % self.interval_saved_epochs == 0
 
     def show(self, row: dict):
-        "Prints an epoch's numbers: the first ten, then one line in five seconds, and the last."
+        "Prints an epoch's numbers; where there are more than a hundred, one line in five seconds."
         learn, now = self.learn, time.monotonic()
         last = learn.epoch + 1 == learn.n_epoch
-        if learn.epoch >= 10 and now - self.printed < 5 and not last:
+        if learn.n_epoch > 100 and now - self.printed < 5 and not last:
             return
         self.printed = now
         numbers = ', '.join(f'{k} {v:.4g}' for k, v in row.items() if k != 'epoch')
