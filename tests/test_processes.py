@@ -14,6 +14,7 @@ import psutil
 import pytest
 from training_helpers import (
     BASE,
+    Lost,
     Seen,
     Slow,
     Watch,
@@ -140,7 +141,7 @@ def alive(processes, seconds):
     return left
 
 
-LONG = dict(epochs=200, workers=1)
+LONG = dict(epochs=200, workers=1, train_crop_mode='inception')  # which needs a process
 
 
 def test_a_rank_that_fails_ends_all_and_says_why(tmp_path):
@@ -187,3 +188,70 @@ def test_a_killed_process_of_our_own_launching_ends_the_run(victim, tmp_path):
     said = 'died without saying why (killed' if victim == 'rank' else 'DataLoader worker'
     assert said in reason(tmp_path)
     assert child.wait(30) == 1
+
+
+PHASES = 'start', 'first batch', 'training', 'evaluation', 'saving'
+
+
+def slowly(phase, number):
+    quick = (phase, number) in (('evaluation', signal.SIGSTOP), ('start', signal.SIGKILL))
+    return () if quick else pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ('phase', 'number'),
+    [
+        pytest.param(p, n, marks=slowly(p, n), id=f'{n.name} in {p}')
+        for p in PHASES
+        for n in (signal.SIGKILL, signal.SIGSTOP)
+    ],
+)
+def test_nobody_waits_for_a_partner_that_is_lost(phase, number, tmp_path):
+    "In no phase longer than is stated: here 15 s at the start and 10 s later, some for noticing."
+    victim = 0 if phase == 'saving' else 1
+    given = dict(valid_pct=0.25, eval_metric='top1', workers=1, recovery_interval=0)
+    ranks = start_ranks(
+        values(tmp_path, **given), 2, (Lost, (victim, phase, number, tmp_path / 'lost'))
+    )
+    try:
+        ranks[1 - victim].join(90)
+        ended = time.time()
+        assert ranks[1 - victim].exitcode not in (0, None), printed(tmp_path)
+        assert ended - float((tmp_path / 'lost').read_text()) < 30
+    finally:
+        for p in ranks:
+            p.kill()
+        wait_ranks(ranks)
+    if number == signal.SIGSTOP or phase in ('start', 'evaluation'):
+        said = 'have not all come' if phase == 'start' else 'no sign of life'
+        assert said in reason(tmp_path) and f'process {1 - victim} of 2: ' in reason(tmp_path)
+
+
+@pytest.mark.parametrize('processes', (1, pytest.param(2, marks=pytest.mark.slow)))
+def test_sigterm_is_recorded_whoever_gets_it(processes, tmp_path):
+    "A scheduler sends it to every process of the job, a user to one."
+    ranks = start_ranks(values(tmp_path, **LONG), processes, (Slow, (tmp_path / 'steps',)))
+    after_some_steps(tmp_path / 'steps')
+    os.kill(ranks[-1].pid, signal.SIGTERM)
+    codes = wait_ranks(ranks, 20)
+    assert 0 not in codes and -signal.SIGKILL not in codes
+    status = RunFolder(tmp_path).status
+    assert status['state'] == 'interrupted' and 'ended by SIGTERM' in status['reason']
+    assert status['pid'] == ranks[-1].pid
+
+
+@pytest.mark.parametrize('victim', ('program', pytest.param('rank', marks=pytest.mark.slow)))
+def test_sigterm_to_a_program_with_its_own_processes(victim, tmp_path):
+    words, environment = command(
+        values(tmp_path, processes=2, **LONG), ('Slow', [str(tmp_path / 'steps')])
+    )
+    with open(tmp_path / 'printed', 'w') as out:
+        child = subprocess.Popen(words, env=environment, stdout=out, stderr=out)
+    after_some_steps(tmp_path / 'steps')
+    family = psutil.Process(child.pid).children(recursive=True)
+    rank = next(p for p in family if p.ppid() != child.pid and p.children())
+    os.kill(child.pid if victim == 'program' else rank.pid, signal.SIGTERM)
+    child.wait(30)
+    assert alive(family, 15) == []
+    status = RunFolder(tmp_path).status
+    assert status['state'] == 'interrupted' and 'ended by SIGTERM' in status['reason']

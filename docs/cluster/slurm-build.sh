@@ -9,4 +9,7 @@
 #SBATCH --output fdsl-%j.log
 #SBATCH --requeue
 set -euo pipefail
+
+# Since SLURM 22.05 srun does not take over the CPUs that a task of the job has, unless it is told.
+export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}}
 exec srun --mpi="${FDSL_PMI:-pmix}" --kill-on-bad-exit=1 fdsl run build "$@" -p scheduler mpi

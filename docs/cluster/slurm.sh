@@ -14,7 +14,10 @@ set -euo pipefail
 MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}
 MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 export MASTER_ADDR MASTER_PORT
-export FDSL_WORKERS=${FDSL_WORKERS:-$((SLURM_CPUS_PER_TASK - 1))}
+
+# Since SLURM 22.05 srun does not take over the CPUs that a task of the job has, unless it is told.
+export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
+export FDSL_WORKERS=${FDSL_WORKERS:-$((SRUN_CPUS_PER_TASK - 1))}
 
 # One task failing ends the others.
 exec srun --kill-on-bad-exit=1 fdsl run "$@"

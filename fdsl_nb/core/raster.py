@@ -7,7 +7,7 @@ __all__ = ['PERMUTATION', 'draw_line', 'draw_polygon', 'perlin_noise', 'splat', 
 
 # %% ../../nbs/core/02_raster.ipynb #481e14fe
 import numpy as np
-from numba import njit, float32, uint64
+from numba import njit, float32, int32, int64, uint32, uint64
 
 # %% ../../nbs/core/02_raster.ipynb #67db3a6a
 @njit(cache=True, nogil=True, inline='always')
@@ -21,18 +21,13 @@ def _walk(image, x, y, xe, ye, grey):
     left, right, top, bottom = min(x, xe), max(x, xe), min(y, ye), max(y, ye)
     if right < 0 or left >= image.shape[1] or bottom < 0 or top >= image.shape[0]:
         return
-    inside = left >= 0 and right < image.shape[1] and top >= 0 and bottom < image.shape[0]
     sx, sy = 1 if xe >= x else -1, 1 if ye >= y else -1
     major, minor, major_x, major_y, minor_x, minor_y = right - left, bottom - top, sx, 0, 0, sy
     if minor >= major:
         major, minor, major_x, major_y, minor_x, minor_y = minor, major, 0, sy, sx, 0
     error = 2 * minor - major
     for _ in range(major):
-        if inside:
-            # unsigned: no check for indices that count from the end
-            image[uint64(y), uint64(x)] = grey
-        else:
-            _put(image, x, y, grey)
+        _put(image, x, y, grey)
         step = 1 if error >= 0 else 0  # a factor, not a branch: nobody could predict it
         x, y = x + major_x + step * minor_x, y + major_y + step * minor_y
         error += 2 * minor - step * 2 * major
@@ -45,16 +40,54 @@ def draw_line(image, x0, y0, x1, y1, grey):
     _put(image, int(x1), int(y1), grey)
 
 # %% ../../nbs/core/02_raster.ipynb #237e420c
+_HALF = 2**31  # one half, in units of 2**-32
+_LONGEST = 32_767  # pixels; in longer sides a rounded slope could move a pixel
+
+
+@njit(cache=True, nogil=True)
+def _measure_sides(x, y, height, width, sides):
+    for v in range(x.size - 1):
+        left, right = min(x[v], x[v + 1]), max(x[v], x[v + 1])
+        top, bottom = min(y[v], y[v + 1]), max(y[v], y[v + 1])
+        inside = (left >= 0) & (right < width) & (top >= 0) & (bottom < height)
+        outside = (right < 0) | (left >= width) | (bottom < 0) | (top >= height)
+        major, minor = max(right - left, bottom - top), min(right - left, bottom - top)
+        step_x = 1 if x[v + 1] >= x[v] else -1
+        step_y = width if y[v + 1] >= y[v] else -width
+        tall = bottom - top >= right - left
+        sides[0, v] = y[v] * width + x[v]
+        sides[1, v] = major if inside & (major <= _LONGEST) else (0 if outside else -1)
+        sides[2, v] = step_y if tall else step_x
+        sides[3, v] = step_x if tall else step_y
+        sides[4, v] = int64(minor * 2.0**32 / max(major, 1)) + 1
+
+# %% ../../nbs/core/02_raster.ipynb #deef9519
+@njit(cache=True, nogil=True, inline='always')
+def _place(i, first, along, across, slope):
+    # unsigned: no check for indices that count from the end
+    return uint64(first + i * along + ((i * slope + _HALF) >> 32) * across)
+
+
 @njit(cache=True, nogil=True)
 def draw_polygon(image, xs, ys, grey):
     "The closed outline through `xs`, `ys`, float64 [n], in `image`, uint8 [h, w], in place."
-    last = xs.size - 1
-    x, y = int(xs[last]), int(ys[last])
-    _put(image, x, y, grey)
-    for v in range(xs.size):
-        next_x, next_y = int(xs[v]), int(ys[v])
-        _walk(image, x, y, next_x, next_y, grey)
-        x, y = next_x, next_y
+    n, pixels = xs.size, image.reshape(image.size)
+    x, y, sides = np.empty(n + 1, np.int64), np.empty(n + 1, np.int64), np.empty((5, n), np.int64)
+    x[0], y[0] = int(xs[n - 1]), int(ys[n - 1])
+    for v in range(n):
+        x[v + 1], y[v + 1] = int(xs[v]), int(ys[v])
+    _measure_sides(x, y, image.shape[0], image.shape[1], sides)
+    _put(image, x[0], y[0], grey)
+    for v in range(n):
+        first, length = sides[0, v], sides[1, v]
+        along, across, slope = sides[2, v], sides[3, v], sides[4, v]
+        if length > 0:
+            for i in range(4):
+                pixels[_place(min(i, length), first, along, across, slope)] = grey
+            for i in range(4, length):
+                pixels[_place(i, first, along, across, slope)] = grey
+        elif length < 0:
+            _walk(image, x[v], y[v], x[v + 1], y[v + 1], grey)
 
 # %% ../../nbs/core/02_raster.ipynb #072dc33b
 PERMUTATION = np.frombuffer(
@@ -70,9 +103,8 @@ PERMUTATION = np.frombuffer(
 )
 
 # %% ../../nbs/core/02_raster.ipynb #d24159fa
-@njit(cache=True, nogil=True, inline='always')
-def _slope(h, d):
-    return -d if h & 8 else d * float32((h & 7) + 1)
+_GRADIENT = np.where(PERMUTATION & 8, -1.0, (PERMUTATION & 7) + 1.0).astype(np.float32)
+_SLOPES = np.append(_GRADIENT, _GRADIENT[0])  # at 256 whole numbers, and the first again
 
 
 @njit(cache=True, nogil=True)
@@ -80,10 +112,10 @@ def perlin_noise(x, out):
     "One-octave 1-D Perlin noise of `x`, 0 ≤ x, into `out`, both float32 [n]: `noise.pnoise1`."
     for v in range(x.size):
         whole = np.floor(x[v])
-        i, t = int(whole) & 1023, x[v] - whole
+        i, t = int32(whole) & int32(255), x[v] - whole
         blend = t * t * t * (t * (t * float32(6) - float32(15)) + float32(10))
-        left = _slope(PERMUTATION[i & 255], t)
-        right = _slope(PERMUTATION[(i + 1) & 255], t - float32(1))
+        left = _SLOPES[uint32(i)] * t
+        right = _SLOPES[uint32(i + 1)] * (t - float32(1))
         out[v] = (left + blend * (right - left)) * float32(0.4)
 
 # %% ../../nbs/core/02_raster.ipynb #266045ee

@@ -4,44 +4,41 @@
 
 # %% auto #0
 __all__ = ['CATEGORY', 'INSTANCE', 'AUGMENT', 'SHUFFLE', 'STEP', 'MIX', 'ERASE', 'philox', 'unit', 'below', 'CounterRandom',
-           'PythonRandom', 'NumpyRandom', 'mt_words', 'mt_random', 'mt_randbelow', 'seed_for']
+           'PythonRandom', 'NumpyRandom', 'mt_words', 'mt_random', 'mt_randbelow', 'seed_for', 'Shuffle']
 
 # %% ../../nbs/core/01_rng.ipynb #8ab064de
 import random
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 import numpy as np
-from numba import njit, uint32, uint64
+from numba import njit, int64, uint32, uint64
 
 # %% ../../nbs/core/01_rng.ipynb #080a801e
-@njit(cache=True, nogil=True, inline='always')
-def _philox_block(c0, c1, c2, c3, k0, k1):
-    for _ in range(10):
-        p0, p1 = uint64(0xD2511F53) * c0, uint64(0xCD9E8D57) * c2
-        c0, c2 = uint32(p1 >> uint64(32)) ^ c1 ^ k0, uint32(p0 >> uint64(32)) ^ c3 ^ k1
-        c1, c3 = uint32(p1), uint32(p0)
-        k0, k1 = uint32(k0 + uint32(0x9E3779B9)), uint32(k1 + uint32(0xBB67AE85))
-    return c0, c1, c2, c3
+@njit(cache=True, nogil=True)
+def _philox_blocks(rows, first, key, address):
+    a0, a1, a2 = uint64(address[0]), uint64(address[1]), uint64(address[2])
+    low, half = uint64(0xFFFFFFFF), uint64(32)
+    for b in range(rows.shape[1]):
+        c0, c1, c2, c3 = uint64(first + b), a0, a1, a2
+        k0, k1 = key & low, key >> half
+        for _ in range(10):
+            p0, p1 = uint64(0xD2511F53) * c0, uint64(0xCD9E8D57) * c2
+            c0, c1 = (p1 >> half) ^ c1 ^ k0, p1 & low
+            c2, c3 = (p0 >> half) ^ c3 ^ k1, p0 & low
+            k0, k1 = (k0 + uint64(0x9E3779B9)) & low, (k1 + uint64(0xBB67AE85)) & low
+        rows[0, b], rows[1, b] = uint32(c0), uint32(c1)
+        rows[2, b], rows[3, b] = uint32(c2), uint32(c3)
 
-
+# %% ../../nbs/core/01_rng.ipynb #c4aaf195
 @njit(cache=True, nogil=True)
 def _philox_fill(out, first, key, address):
-    k0, k1 = uint32(key & uint64(0xFFFFFFFF)), uint32(key >> uint64(32))
-    word = uint64(first)
-    i = 0
-    while i < out.size:
-        a, b, c, d = _philox_block(
-            uint32(word >> uint64(2)), address[0], address[1], address[2], k0, k1
-        )
-        for lane in range(word & uint64(3), 4):
-            if i < out.size:
-                if lane == 0:
-                    out[i] = a
-                elif lane == 1:
-                    out[i] = b
-                else:
-                    out[i] = c if lane == 2 else d
-                i += 1
-        word = (word | uint64(3)) + uint64(1)
+    skip = int64(first) & 3  # words of the first block that come before `first`
+    rows = np.empty((4, (skip + out.size + 3) >> 2), np.uint32)
+    _philox_blocks(rows, int64(first) >> 2, key, address)
+    for i in range(out.size):
+        word = skip + i
+        out[i] = rows[word & 3, word >> 2]
 
 # %% ../../nbs/core/01_rng.ipynb #3ace1fef
 def philox(
@@ -201,3 +198,55 @@ def seed_for(
     "A seed for another library's generator, from an address of the counter stream."
     low, high = philox(seed, (*address, 0, 0, 0)[:3], 2)
     return int(low) | (int(high) >> 1) << 32
+
+# %% ../../nbs/core/01_rng.ipynb #8b9933df
+@njit(cache=True, nogil=True)
+def _stir(xs, n, keys, half):
+    mask = (uint64(1) << uint64(half)) - uint64(1)
+    for i in range(xs.size):
+        x = uint64(xs[i])
+        while True:
+            left, right = x >> uint64(half), x & mask
+            for key in keys:
+                mixed = (right ^ key) * uint64(0xFF51AFD7ED558CCD)
+                mixed = (mixed ^ mixed >> uint64(33)) * uint64(0xC4CEB9FE1A85EC53)
+                left, right = right, left ^ (mixed ^ mixed >> uint64(33)) & mask
+            x = right << uint64(half) | left
+            if x < uint64(n):
+                break
+        xs[i] = x
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    "A permutation of 0 … n - 1, a function of its fields, computed where it is asked for."
+
+    n: int
+    seed: int = 0
+    number: int = 2**32 - 1  # of the pass through the data; the last one is the order of shards
+
+    @cached_property
+    def keys(self) -> np.ndarray:
+        "uint64 [8], a round each."
+        return philox(self.seed, (SHUFFLE, self.number, 0), 8).astype(np.uint64)
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, place: int) -> int:
+        if not 0 <= place < self.n:
+            raise IndexError(f'place {place} is not in 0 … {self.n - 1}')
+        return int(self.image([place])[0])
+
+    def _run(self, xs, keys):
+        out = np.array(xs, np.uint64).reshape(-1)
+        _stir(out, self.n, keys, max(1, ((self.n - 1).bit_length() + 1) // 2))
+        return out.astype(np.int64)
+
+    def image(self, places) -> np.ndarray:
+        "int64: which images are at these places."
+        return self._run(places, self.keys)
+
+    def place(self, images) -> np.ndarray:
+        "int64: where these images are."
+        return self._run(images, self.keys[::-1].copy())
