@@ -7,17 +7,20 @@ many times that of the published program: a folder of RGB PNG as Pillow saves it
 
     published     that folder, one image after the other
     online        drawn by the formula, the transform in kernels, through the loader
-    by threads    the same as a thread does it: no loader, no generator shared with others
+    three repeats the same with repeated augmentation: an image is drawn once for three
+    kept          the same when all images are in memory (data sets of 1,000 images)
     timm          the transform alone: timm's on an RGB image
     kernels       the transform alone: ours on the drawn image
 
 With --builds also our own folders and shards. Everything runs in one thread, in turn, --rounds
 times, and the best round counts. Processor time instead of the clock, because a machine that others
 use as well stretches the clock; even so, trust the ratios, not the rates. Files come from the page
-cache: a disk can only be slower.
+cache: a disk can only be slower. The last line is by the clock, and needs two idle cores: how many
+times as fast two threads draw and augment as one.
 """
 
 import argparse, tempfile, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
 import torch
@@ -32,6 +35,7 @@ from fdsl_nb.data.streams import ShardStream, stream_loader
 
 BATCH = 64
 FAMILIES = 'rcdb visualatom fractaldb mvfractaldb exfractaldb onepfrac ofdb2d ofdb3d'.split()
+SMALL = ('onepfrac', 'ofdb2d', 'ofdb3d')
 BUILT = {
     'folder': {'layout': 'plain'},
     'shards, PNG': {'layout': 'shards', 'shard_images': 200},
@@ -77,21 +81,22 @@ def sources(f, r, root, images):
     rgb = [Image.fromarray(image).convert('RGB') for image in few]
     ours.from_seed(few[0], 0)  # compiled, and compared with timm's
 
-    def loader(dataset, transform, epoch):
-        batches = EpochBatchSampler(len(dataset), BATCH, images=images)
-        batches.epoch = epoch
-        return train_loader(dataset, transform, batches)
+    def loader(dataset, transform, epoch, repeats=1, workers=0):
+        batches = EpochBatchSampler(len(dataset), BATCH, images=images, repeats=repeats)
+        batches.epoch, batches.epochs = epoch, epoch + 1
+        return train_loader(dataset, transform, batches, workers)
 
-    def by_thread(i):
-        i %= len(own)
-        image = drawn(f, i) if f.by_chance else f.render(*divmod(i, own.listed))
-        return ours.from_seed(image, i)
-
+    recent, kept = FormulaDataset(f), FormulaDataset(f)
+    recent.cache(0)
+    kept.cache(1 << 30)
+    for c, k in np.ndindex(f.classes, f.instances if len(own) <= images else 0):
+        kept.render(c, k)
     published = open_dataset(f'{root}/published')
     return {
         'published': lambda e: loader(published, timms, e),
         'online': lambda e: loader(own, ours, e),
-        'by threads': lambda e: each(images, lambda i: by_thread(e * images + i)),
+        'three repeats': lambda e: loader(recent, ours, e, 3),
+        **({'kept': lambda e: loader(kept, ours, e)} if f.name in SMALL else {}),
         'timm': lambda e: each(images, lambda i: timms(rgb[i % len(rgb)])),
         'kernels': lambda e: each(images, lambda i: ours.from_seed(few[i % len(few)], i)),
     }
@@ -118,6 +123,28 @@ def best_rates(made, rounds):
     return best
 
 
+def two_threads(f, r, images, rounds):
+    "How many times the images a second of one thread two threads make, by the clock."
+    own, ours = FormulaDataset(f), train_transform(r)
+    ours.from_seed(own.array(0)[0], 0)
+    out = torch.empty(
+        (2, 3, r.img_size, r.img_size), dtype=ours.from_seed(own.array(0)[0], 0).dtype
+    )
+
+    def work(thread):
+        for i in range(images):
+            ours.from_seed(own.array(i % len(own))[0], i, out[thread])
+
+    best = {}
+    for threads in (1, 2) * rounds:
+        with ThreadPoolExecutor(threads) as pool:
+            start = time.perf_counter()
+            list(pool.map(work, range(threads)))
+            rate = threads * images / (time.perf_counter() - start)
+        best[threads] = max(best.get(threads, 0), rate)
+    return best[2] / best[1]
+
+
 def measure(name, args):
     f = formula(name, classes=10, size=args.size)
     if not f.by_chance and f.instances > args.images // 10:
@@ -132,6 +159,9 @@ def measure(name, args):
     print(f'\n{f.name}, {args.size}², {r.train_interpolation} filter, mean {r.mean[0]}')
     for source, value in best.items():
         print(f'{source:14}{value:8.0f} images/s{value / best["published"]:8.2f}×')
+    if not f.by_chance:
+        ratio = two_threads(f, r, args.images, args.rounds)
+        print(f'two threads are {ratio:.2f} times one')
 
 
 def main():

@@ -4,27 +4,35 @@
 
 # %% auto #0
 __all__ = ['MODES', 'BESIDE', 'CARD', 'READING', 'make_plan', 'Job', 'metadata_of', 'shard_members', 'write_shard', 'class_files',
-           'digest', 'thread_of', 'reference_classes', 'write_class', 'write_parts', 'describe', 'refuse_other_build',
-           'is_complete', 'read_lines', 'chunks', 'finished', 'local_executor', 'extra_module', 'open_executor',
-           'leave_mpi', 'print_progress', 'explained', 'thumbnail', 'Written', 'pictures_of', 'contact_sheet',
-           'data_card', 'write_beside', 'build']
+           'digest', 'thread_of', 'reference_classes', 'write_class', 'write_parts', 'write_parts_of', 'tasks_of',
+           'describe', 'refuse_other_build', 'is_complete', 'read_lines', 'chunks', 'tasks_ahead', 'finished',
+           'local_executor', 'extra_module', 'open_executor', 'leave_mpi', 'print_progress', 'explained', 'thumbnail',
+           'Written', 'pictures_of', 'contact_sheet', 'data_card', 'write_beside', 'parts_of_slice', 'build']
 
 # %% ../../nbs/build/01_build.ipynb #58cf9f0e
-import csv, dataclasses, errno, hashlib, importlib.metadata, json, multiprocessing, os, sys
+import csv, dataclasses, hashlib, importlib.metadata, json, multiprocessing, os, re, sys
 import tarfile, tempfile, time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from itertools import groupby, islice
 from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, features
 from torch.utils.data import Dataset
-from ..core.settings import did_you_mean, machine_settings
-from ..core.folder import inside, locked, remove_partial_files, atomic_write
+from ..core.settings import build_workers, did_you_mean, markdown_text
+from fdsl_nb.core.folder import (
+    REMEDIES,
+    atomic_write,
+    inside,
+    locked,
+    remedy,
+    remove_partial_files,
+)
 from ..core.processes import leave_with_parent
 from ..formulas.formula import Formula
 from fdsl_nb.data.shards import (
@@ -34,9 +42,11 @@ from fdsl_nb.data.shards import (
     decode,
     encode,
     metadata_folder,
+    plan_of,
     read_manifest,
 )
-from .source import Source, as_source
+from ..data.datasets import is_formula, is_here, known_collections
+from .source import NamedSource, Source, as_source
 
 # %% ../../nbs/build/01_build.ipynb #17a475e0
 MODES = ('canonical', 'reference')
@@ -251,6 +261,37 @@ def write_parts(job: Job, parts) -> list:
     write = write_shard if job.plan.layout == 'shards' else write_class
     return [(p, *write(job, p)) for p in parts]
 
+# %% ../../nbs/build/01_build.ipynb #159e4464
+@lru_cache(4)
+def _written_plan(out, changed):
+    return plan_of(out)
+
+
+def write_parts_of(source: Source, out: str, parts) -> list:
+    "The same in a worker of an engine, which reads the plan from the manifest of the build."
+    changed = (metadata_folder(out) / 'manifest.json').stat().st_mtime_ns
+    return write_parts(Job(source, _written_plan(out, changed), out), parts)
+
+
+def _absolute_source(source):
+    "The source with absolute paths; its description, which stays what it was, is not sent."
+    if isinstance(source, NamedSource):
+        name = source.name
+        known = is_formula(name) or name in known_collections() or not is_here(name)
+        return source if known else dataclasses.replace(source, name=os.path.abspath(name))
+    own = getattr(getattr(source, 'formula', None), 'categories', None)
+    if isinstance(own, str) and os.sep in own and Path(own).exists():
+        own = dataclasses.replace(source.formula, categories=os.path.abspath(own))
+        return dataclasses.replace(source, formula=own)
+    return source
+
+
+def tasks_of(job: Job, parts):
+    "Yields tasks that write these parts, (function, arguments), small and of absolute paths."
+    source, out = _absolute_source(job.source), os.path.abspath(job.out)
+    for group in chunks(job.plan, parts):
+        yield write_parts_of, (source, out, group)
+
 # %% ../../nbs/build/01_build.ipynb #92f8ef7d
 def describe(job: Job) -> dict:
     "What `manifest.json` says: source, plan and the versions that decide bytes."
@@ -303,7 +344,8 @@ BESIDE = ('manifest.json', 'manifest.csv', 'README.md', 'contact_sheet.png', 'pa
 def _clear_leftovers(job):
     parts = [PurePosixPath(job.plan.part(p)) for p in range(job.plan.parts)]
     on_top = {p.name for p in parts if len(p.parts) == 1}
-    remove_partial_files(metadata_of(job), {*BESIDE, '.done.jsonl'})
+    journals = {path.name for path in metadata_of(job).glob('.done*.jsonl')}
+    remove_partial_files(metadata_of(job), {*BESIDE, '.done.jsonl', *journals})
     remove_partial_files(job.out, on_top)
     if job.plan.layout == 'shards':
         index = inside(metadata_of(job), 'index')
@@ -315,10 +357,9 @@ def _clear_leftovers(job):
 
 # %% ../../nbs/build/01_build.ipynb #11901b8a
 def _journal(job):
-    "Finished parts: number → (part, images, bytes, sha256)."
-    path, found = metadata_of(job) / '.done.jsonl', {}
-    lines = path.read_text().splitlines() if path.exists() else []
-    for line in lines:
+    "Finished parts, also of slices: number → (part, images, bytes, sha256)."
+    journals, found = sorted(metadata_of(job).glob('.done*.jsonl')), {}
+    for line in (line for path in journals for line in path.read_text().splitlines()):
         try:
             p, *said = json.loads(line)
             known = type(p) is int and 0 <= p < job.plan.parts
@@ -339,19 +380,27 @@ def _line(plan, p, said):
     return part, images, size, sha
 
 
-def _start_journal(job):
-    "The finished parts; the journal is written anew with their lines alone."
-    done = _journal(job)
-    with atomic_write(metadata_of(job) / '.done.jsonl', 'w') as f:
+def _start_journal(job, parts, name='.done.jsonl'):
+    "Those of the parts that are finished; the journal is written anew with their lines alone."
+    done = {p: line for p, line in _journal(job).items() if p in parts}
+    with atomic_write(metadata_of(job) / name, 'w') as f:
         f.writelines(json.dumps([p, *line]) + '\n' for p, line in done.items())
     return done
 
 # %% ../../nbs/build/01_build.ipynb #d9f618ed
+def _whole_rows(file):
+    "The rows of a table below its head; none where it is no CSV at all."
+    try:
+        return list(csv.reader(file))[1:]
+    except csv.Error:
+        return []
+
+
 def read_lines(out, plan: Plan) -> list:
     "`manifest.csv`, a line for each part: (part, images, bytes, sha256); `ValueError` if damaged."
     path = metadata_folder(out) / 'manifest.csv'
-    with open(path, newline='') as f:
-        rows = list(csv.reader(f))[1:]
+    with open(path, newline='', encoding='utf-8', errors='replace') as f:
+        rows = _whole_rows(f)
     if len(rows) != plan.parts:
         raise ValueError(
             f'{path} has {len(rows)} lines for {plan.parts} parts; it is damaged: '
@@ -387,10 +436,20 @@ def chunks(plan, missing, images=200):
         yield group
 
 # %% ../../nbs/build/01_build.ipynb #516e8ed6
+def tasks_ahead(executor: Executor) -> int:
+    "How many tasks an engine is given at a time, by the number of its workers now."
+    dask = getattr(executor, '_client', None)
+    if dask is not None:
+        workers = sum(dask.nthreads().values())
+    else:  # MPI's, or one of Python's
+        workers = getattr(executor, 'num_workers', None) or getattr(executor, '_max_workers', None)
+    return max(64, 2 * (workers or 0))
+
+
 def finished(
     tasks,  # iterable of (function, arguments)
     executor: Executor = None,  # None to do them here
-    ahead: int = 64,  # tasks under way at a time
+    ahead: int = None,  # tasks under way at a time; `tasks_ahead` if None
 ):
     "Yields the results of tasks as they come; those not begun are dropped if one fails."
     if executor is None:
@@ -402,7 +461,7 @@ def finished(
         while True:
             under_way |= {
                 executor.submit(function, *arguments)
-                for function, arguments in islice(tasks, ahead - len(under_way))
+                for function, arguments in islice(tasks, _room(executor, ahead, len(under_way)))
             }
             if not under_way:
                 return
@@ -412,6 +471,10 @@ def finished(
     finally:
         for future in under_way:
             future.cancel()
+
+
+def _room(executor, ahead, under_way):
+    return max(0, (ahead or tasks_ahead(executor)) - under_way)
 
 # %% ../../nbs/build/01_build.ipynb #24412c74
 def local_executor(workers: int) -> Executor:
@@ -506,14 +569,6 @@ def print_progress(every: float = 10.0):
     return show
 
 # %% ../../nbs/build/01_build.ipynb #03afb635
-_WHY = {
-    errno.ENOSPC: 'the disk is full: make room',
-    errno.EDQUOT: 'the quota is used up: make room',
-    errno.EROFS: 'the folder can only be read: choose another',
-    errno.EACCES: 'the folder may not be written to: choose another, or change its rights',
-}
-
-
 @contextmanager
 def explained(job, done):
     "Errors of a build, with what was kept and what to do."
@@ -531,19 +586,20 @@ def explained(job, done):
             f'a worker process was killed (short of memory? give fewer workers); {kept()}'
         ) from None
     except OSError as e:
-        if e.errno not in _WHY:
+        read = e.filename and Path(job.out).parent not in Path(e.filename).parents
+        if e.errno not in REMEDIES or read:
             raise
-        raise OSError(e.errno, f'{_WHY[e.errno]} ({e.strerror}); {kept()}') from None
+        raise OSError(e.errno, f'{remedy(e)}; {kept()}', e.filename) from None
 
 # %% ../../nbs/build/01_build.ipynb #e10360f1
-def _write_missing(job, executor, ahead, progress):
-    "Writes all parts that the journal does not hold; the lines of all parts, in order."
-    done, total, started = _start_journal(job), len(job.plan), time.monotonic()
+def _write_missing(job, executor, ahead, progress, parts, name='.done.jsonl'):
+    "Writes those parts that are not finished; the lines of all of them, in order."
+    done, started = _start_journal(job, parts, name), time.monotonic()
+    total = sum(len(job.plan.places(p)) for p in parts)
     before = count = sum(images for _, images, _, _ in done.values())
     progress(count, total, 0, 0.0)
-    missing = [p for p in range(job.plan.parts) if p not in done]
-    tasks = ((write_parts, (job, group)) for group in chunks(job.plan, missing))
-    with explained(job, done), open(metadata_of(job) / '.done.jsonl', 'a') as journal:
+    tasks = tasks_of(job, [p for p in parts if p not in done])
+    with explained(job, done), open(metadata_of(job) / name, 'a') as journal:
         for lines in finished(tasks, executor, ahead):
             for p, *line in lines:
                 journal.write(json.dumps([p, *line]) + '\n')
@@ -551,7 +607,7 @@ def _write_missing(job, executor, ahead, progress):
                 count += line[1]
             journal.flush()
             progress(count, total, count - before, time.monotonic() - started, p)
-    return [done[p] for p in range(job.plan.parts)]
+    return [done[p] for p in parts]
 
 # %% ../../nbs/build/01_build.ipynb #c92d93c3
 def thumbnail(pixels: np.ndarray, side: int) -> Image.Image:
@@ -646,9 +702,10 @@ def data_card(job: Job) -> str:
     "The text of `README.md`."
     said, source, plan = describe(job), job.source, job.plan
     hidden = ('classes', 'family', 'fingerprint')
-    rows = [f'| {k} | {v} |' for k, v in said['source'].items() if k not in hidden]
+    shown = {k: v for k, v in said['source'].items() if k not in hidden}
+    rows = [f'| {markdown_text(k)} | {markdown_text(v)} |' for k, v in shown.items()]
     return CARD.format(
-        title=f'{source.title}: {len(plan):,} images',
+        title=f'{markdown_text(source.title)}: {len(plan):,} images',
         about=source.sentence,
         images=len(plan),
         classes=plan.classes,
@@ -674,6 +731,29 @@ def write_beside(job: Job, workers: int = 1):
     with atomic_write(out / 'README.md', 'w') as f:
         f.write(data_card(job))
 
+# %% ../../nbs/build/01_build.ipynb #3887e6ae
+def parts_of_slice(
+    plan: Plan,
+    slice: str,  # K/N, or '' for all
+) -> list:
+    "The numbers of the parts of a slice; `ValueError` if it is none."
+    if not slice:
+        return list(range(plan.parts))
+    found = re.fullmatch(r'([1-9]\d*)/([1-9]\d*)', str(slice))
+    if not found or int(found[1]) > int(found[2]):
+        raise ValueError(
+            f'slice={slice!r} is none; give K/N with K from 1 to N, for example 3/16, to each job'
+        )
+    groups = list(chunks(plan, range(plan.parts)))
+    return [p for group in groups[int(found[1]) - 1 :: int(found[2])] for p in group]
+
+
+def _refuse_slices(about):
+    "`ValueError` while a slice is being written, by its lock."
+    for lock in about.glob('.slice-*.lock'):
+        with locked(about, lock.name):
+            pass
+
 # %% ../../nbs/build/01_build.ipynb #bb2b0aab
 def build(
     source: Formula | str | Dataset,  # a formula; the name or path of a data set; a data set object
@@ -682,45 +762,84 @@ def build(
     workers: int = None,  # local worker processes, 0 for none; the machine's setting if None
     executor: Executor = None,  # instead of local processes; see `open_executor`
     progress: Callable = None,  # called with (done, total, drawn, seconds, part); prints if None
+    slice: str = '',  # K/N, e.g. 3/16: only the K-th of N shares of the parts; '' for all of them
     # layout, format, shard_images, shard_bytes, seed, mode, threads: see `make_plan`
     **arrangement,
-) -> dict:  # images, parts, bytes, folder
+) -> dict:  # images, parts, bytes, folder; of the slice while others are missing
     "Writes a data set, or what is missing of it; `ValueError` if the folder holds something else."
     source = as_source(source, split)
     job = Job(source, make_plan(source, **arrangement), str(out))
-    workers = machine_settings()['workers'].value if workers is None else workers
+    parts, workers = parts_of_slice(job.plan, slice), build_workers(workers)
     refuse_other_build(job)
+    lines = None
     if not is_complete(job):
         with explained(job, ()):
             for folder in (Path(out), metadata_of(job)):
                 folder.mkdir(parents=True, exist_ok=True)
-        with locked(metadata_of(job)):
-            refuse_other_build(job)  # which may have begun since
-            _build(job, workers, executor, progress or print_progress())
-    lines = read_lines(out, job.plan)
+        lines = _build(job, parts, slice, workers, executor, progress or print_progress())
+    lines = read_lines(out, job.plan) if is_complete(job) else lines
     images, size = sum(line[1] for line in lines), sum(line[2] for line in lines)
     return dict(images=images, parts=len(lines), bytes=size, folder=str(out))
 
 
-def _build(job, workers, executor, progress):
+def _build(job, parts, slice, workers, executor, progress):
+    "Writes the parts; the lines of a slice."
+    about = metadata_of(job)
+    if not slice:
+        with locked(about):
+            _refuse_slices(about)
+            _begin(job, workers)
+            lines = _write(job, parts, workers, executor, progress)
+            return _finish(job, lines)
+    name = slice.replace('/', '-')
+    with locked(about, f'.slice-{name}.lock'):
+        with locked(about, wait=True):  # one after the other
+            _begin(job, workers)
+        lines = _write(job, parts, workers, executor, progress, f'.done-{name}.jsonl')
+    with locked(about, wait=True):
+        done = _journal(job)
+        if not is_complete(job) and len(done) == job.plan.parts:
+            _finish(job, [done[p] for p in range(job.plan.parts)])
+    return lines
+
+
+def _begin(job, workers):
+    about = metadata_of(job)
+    refuse_other_build(job)  # which may have begun since
     if is_complete(job):
         return  # another process has finished it since
-    about = metadata_of(job)
     (about / 'manifest.csv').unlink(missing_ok=True)  # of images that somebody has removed
-    _clear_leftovers(job)
+    if not any(about.glob('.slice-*.lock')):
+        _clear_leftovers(job)
     with explained(job, _journal(job)):
         if not (about / 'manifest.json').exists():
             with atomic_write(about / 'manifest.json', 'w') as f:
                 json.dump(describe(job), f, indent=1)
         if job.plan.layout == 'shards':
             inside(about, 'index').mkdir(exist_ok=True)
-        if not job.plan.threads:
+        # searches categories, which all workers then read; the card is the last of its files
+        if not job.plan.threads and not (about / 'README.md').exists():
             write_beside(job, workers)
-    ahead = 64 if executor else 2 * max(1, workers)
+
+
+def _write(job, parts, workers, executor, progress, journal='.done.jsonl'):
+    if is_complete(job):
+        lines = read_lines(job.out, job.plan)
+        return [lines[p] for p in parts]
+    ahead = None if executor else 2 * max(1, workers)
     with open_executor(workers=0 if executor else workers) as own:
-        lines = _write_missing(job, executor or own, ahead, progress)
+        return _write_missing(job, executor or own, ahead, progress, parts, journal)
+
+
+def _finish(job, lines):
+    "All parts are there: what lies beside them, and the manifest."
+    if is_complete(job):
+        return lines
     if job.plan.threads:
-        write_beside(job)
+        with explained(job, _journal(job)):
+            write_beside(job)
     _clear_leftovers(job)  # of workers that were killed on the way
     _write_lines(job, lines)
-    (about / '.done.jsonl').unlink()
+    for journal in metadata_of(job).glob('.done*.jsonl'):
+        journal.unlink()
+    return lines

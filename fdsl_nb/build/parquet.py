@@ -13,7 +13,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 from torch.utils.data import Dataset
 import yaml
-from ..core.settings import machine_settings
+from ..core.settings import build_workers, markdown_text
 from ..core.folder import locked, remove_partial_files, atomic_write
 from ..formulas.formula import Formula
 from ..data.shards import Plan, encode
@@ -168,7 +168,7 @@ def parquet_card(job: Job) -> str:
     source = job.source.origin()
     return CARD.format(
         header=_header(job.plan),
-        title=Path(source.title).name,
+        title=markdown_text(Path(source.title).name),
         about=source.sentence,
         images=len(job.plan),
         classes=job.plan.classes,
@@ -191,7 +191,7 @@ def export_parquet(
     job = Job(source, make_plan(source, 'shards', shard_images=file_images, seed=seed), str(folder))
     _refuse_strangers(job)
     done = {p for p in range(job.plan.parts) if _holds(job, p)}
-    workers = machine_settings()['workers'].value if workers is None else workers
+    workers = build_workers(workers)
     with explained(job, done):
         _write_all(job, done, workers, executor, progress or print_progress())
     sizes = [(Path(folder) / part_file(job.plan, p)).stat().st_size for p in range(job.plan.parts)]

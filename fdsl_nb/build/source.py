@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 import numpy as np, pandas as pd
 from PIL import Image
 from torch.utils.data import Dataset
+from ..core.settings import markdown_text
 from ..formulas.formula import Formula, described_formula, family_of
 from fdsl_nb.data.shards import (
     BuiltDataset,
@@ -197,7 +198,7 @@ class NamedSource(ListedSource):
 
     @property
     def sentence(self):
-        return f'A copy of its {self.split} split.'
+        return f'A copy of its {markdown_text(self.split)} split.'
 
     def __str__(self):
         return f'{self.name} {self.split}'

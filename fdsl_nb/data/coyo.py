@@ -19,7 +19,8 @@ from PIL import Image
 from ..core.settings import did_you_mean, machine_settings
 from ..core.folder import atomic_write
 from .loading import DigitsDataset
-from .shards import PICTURES, StoredDataset, read_at, shard_paths, tar_index
+from .shards import PICTURES, StoredDataset, read_at, shard_index, shard_paths
+from .shards import tar_index
 
 # %% ../../nbs/data/07_coyo.ipynb #3be22c25
 def _members(key, image, labels, probs, as_text):
@@ -371,10 +372,12 @@ class CoyoDataset(StoredDataset):
         super().__init__(on_error)
         self.paths = [str(p) for p in paths]
         self.target = target
+        seals = [seal for p in self.paths if (seal := Path(p).with_suffix('.index')).exists()]
+        self.index = shard_index(f'coyo {target} {on_error}', self.paths, self._keep, seals)
         self.left_out = Counter()  # records that are not listed, by what is wrong with them
-        found = [self._keep(p, read_index(p)) for p in self.paths]
-        self.places = np.concatenate(found)
-        self.ends = np.cumsum([len(f) for f in found])
+        for left_out in self.index.said['notes']:
+            self.left_out.update(left_out)
+        self.ends = self.index.ends
         self.classes = [str(c) for c in range(target.classes)]
         if not len(self):
             raise ValueError(
@@ -383,7 +386,7 @@ class CoyoDataset(StoredDataset):
             )
 
     def __len__(self):
-        return len(self.places)
+        return int(self.ends[-1])
 
     def __repr__(self):
         return (
@@ -392,7 +395,7 @@ class CoyoDataset(StoredDataset):
         )
 
     def name(self, i: int) -> str:
-        return f'{self._shard(i)}, picture at byte {self.places[i]["picture"]}'
+        return f'{self._shard(i)}, picture at byte {self.index.rows[i]["picture"]}'
 
     def read(self, i: int) -> bytes:
         return self._bytes(i, 'picture', 'size', 'crc')
@@ -408,7 +411,7 @@ class CoyoDataset(StoredDataset):
         return self.paths[int(np.searchsorted(self.ends, i, 'right'))]
 
     def _bytes(self, i, first, size, crc):
-        path, place = self._shard(i), self.places[i]
+        path, place = self._shard(i), self.index.rows[i]
         data = read_at(path, int(place[first]), int(place[size]))
         if zlib.crc32(data) != place[crc]:
             raise ValueError(
@@ -417,8 +420,9 @@ class CoyoDataset(StoredDataset):
             )
         return data
 
-    def _keep(self, path, rows):
-        "The records of a shard that can be trained on; the others are counted in `.left_out`."
+    def _keep(self, path):
+        "The records of a shard that can be trained on; how many others there are, by fault."
+        rows, left_out = read_index(path), Counter()
         kind, faults = _faults_of(rows, self.target)
         bad = np.flatnonzero(kind)
         if len(bad) and self.on_error == 'raise':
@@ -426,14 +430,14 @@ class CoyoDataset(StoredDataset):
                 f'{path}: record {_key_of(path, rows[bad[0]])} {faults[kind[bad[0]] - 1]}; '
                 'correct it, or leave such records out with on_error="skip"'
             )
-        self.left_out.update(faults[k - 1] for k in kind[bad])
+        left_out.update(faults[k - 1] for k in kind[bad])
         keep = kind == 0
         if self.target.threshold is not None:
             weak = keep & (rows['best'] < self.target.threshold)
             if weak.any():
-                self.left_out['below the threshold'] += int(weak.sum())
+                left_out['below the threshold'] = int(weak.sum())
             keep &= ~weak
-        return rows[keep]
+        return rows[keep], left_out
 
 # %% ../../nbs/data/07_coyo.ipynb #7862a3c7
 def threshold_table(

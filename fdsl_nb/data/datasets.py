@@ -16,7 +16,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 from braceexpand import braceexpand
 import numpy as np
-from PIL import Image
 from torchvision import datasets as torchvision_datasets
 from webdataset.shardlists import expand_urls
 from ..core.settings import did_you_mean, machine_settings
@@ -29,14 +28,17 @@ from fdsl_nb.data.loading import (
     OneOfClass,
     as_images,
     class_folders,
+    open_picture,
     split_folder,
 )
 from fdsl_nb.data.shards import (
     ArchiveDataset,
     BuiltDataset,
+    BuiltShards,
     ShardFiles,
     StoredDataset,
     is_build,
+    parts_of_build,
     read_manifest,
     shard_paths,
 )
@@ -66,7 +68,8 @@ def find_stored(
     if text.startswith('pipe:') or '://' in text:
         return StreamedShards, expand_urls(text)
     if '.tar' in text and ('{' in text or '*' in text):
-        return ShardFiles, shard_paths(text)
+        paths = shard_paths(text)
+        return BuiltShards if parts_of_build(paths) else ShardFiles, paths
     return None
 
 # %% ../../nbs/data/08_datasets.ipynb #62421444
@@ -81,12 +84,17 @@ def _open_archive(path, split, on_error):
 
 def _is_split(kind, what, folder):
     "Is what was found in the folder of that split?"
-    if kind is ShardFiles:
+    if kind in (ShardFiles, BuiltShards):
         return Path(what[0]).parent == folder
     return what == folder
 
 
-def open_stored(name: str, split: str = 'train', on_error: str = 'raise') -> StoredDataset | None:
+def open_stored(
+    name: str,  # a path or pattern
+    split: str = 'train',
+    on_error: str = 'raise',  # or skip
+    **known,  # of a stream: counts and classes
+) -> StoredDataset | None:
     "Opens what `find_stored` finds; None where it has no such split."
     found = find_stored(name, split)
     if found is None:
@@ -98,7 +106,7 @@ def open_stored(name: str, split: str = 'train', on_error: str = 'raise') -> Sto
         raise FileNotFoundError(f'dataset={str(name)!r} names no file; check the pattern')
     if split != 'train' and not _is_split(kind, what, split_folder(name, split)):
         return None
-    return kind(what, on_error)
+    return kind(what, on_error, **known if kind is StreamedShards else {})
 
 # %% ../../nbs/data/08_datasets.ipynb #2b4b0500
 def _open_digits(split, data_dir, **knobs):
@@ -181,7 +189,7 @@ class ListedDataset(ImageDataset):
         return self.files[i]
 
     def __getitem__(self, i: int):
-        with Image.open(self.files[i]) as image:
+        with open_picture(self.files[i]) as image:
             return image.convert('RGB'), self.label(i)
 
 # %% ../../nbs/data/08_datasets.ipynb #d101cc6d
@@ -348,20 +356,26 @@ def is_formula(name: str) -> bool:
     return not Path(name).exists()
 
 
-def _open_files(name, split):
+def _open_files(name, split, knobs):
     "What is stored under a path, or a folder of class folders."
     if find_stored(name, split):
-        return open_stored(name, split)
+        # without counts, classes is the size of a formula, of which there is none here
+        wanted = ('counts', 'classes', 'on_error') if 'counts' in knobs else ('on_error',)
+        known = {k: knobs[k] for k in wanted if k in knobs}
+        return open_stored(name, split, **known)
     if split != 'train' and class_folders(name, split) is None:
         return None
-    return FolderDataset(name, split)
+    return FolderDataset(name, split, knobs.get('on_error', 'raise'))
 
 
 def open_dataset(
     name: str,  # a formula, 'module:Class', a collection, or a path of a folder, archive or shards
     split: str = 'train',  # train, val, test, or the name of a folder
     data_dir: str = '',  # for a collection, e.g. cifar10 or imagenet: where its files are
-    **knobs,  # for a formula: its fields; for files: one_per_class, True for one image by chance
+    # for a formula: its fields; for files: one_per_class, True for one image by chance, and
+    # on_error, skip for the next one in the place of a damaged one; for a stream: counts, of each
+    # shard's records, and classes, how many
+    **knobs,
 ) -> ImageDataset | None:  # (Pillow image, L or RGB, class); None where there is no such split
     "Opens any data set; errors name the data set, the split or the knob, and the remedy."
     if is_formula(name):
@@ -369,7 +383,7 @@ def open_dataset(
     if name in known_collections():
         return open_collection(name, split, data_dir, **knobs)
     if find_stored(name, split) or Path(name).is_dir():
-        found = _open_files(name, split)
+        found = _open_files(name, split, knobs)
         wanted = knobs.get('one_per_class') and found is not None
         return OneOfClass(found) if wanted else found
     near = did_you_mean(name, [*formulas(), *known_collections()])
@@ -392,9 +406,10 @@ def open_split(
     called = dict(train=train_split, val=val_split).get(split, '')
     place = val_dir if split == 'val' else ''
     if place:
-        found = open_dataset(place, called or 'val')
+        skip = {k: v for k, v in knobs.items() if k == 'on_error'}
+        found = open_dataset(place, called or 'val', **skip)
         if found is None and not called:
-            found = open_dataset(place)  # undivided
+            found = open_dataset(place, **skip)  # undivided
     else:
         found = open_dataset(name, called or split, data_dir, **knobs)
     if called and found is None:

@@ -998,12 +998,13 @@ class GreyTransform(Compose):
         if out is None:
             out = torch.empty((3, s.size, s.size), dtype=torch.float32 if floats else torch.uint8)
         what = image, plan.crop, plan.flips, plan.operations, s.fill
+        pixels = out.numpy()  # torch would have a team of threads for each thread that writes
         if floats:
-            _augmented_floats(*what, s.values, out.numpy())
+            _augmented_floats(*what, s.values, pixels)
         else:
-            _augmented_bytes(*what, out.numpy())
+            _augmented_bytes(*what, pixels)
         for top, left, values, height, width in plan.erased:
-            out[:, top : top + height, left : left + width] = values
+            pixels[:, top : top + height, left : left + width] = values.numpy()
         return out
 
     def _difference(self, seeds=12):

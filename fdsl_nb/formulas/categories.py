@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['check_category', 'save_categories', 'category_files', 'load_categories', 'CategoryCache', 'category_cache',
-           'write_block', 'read_block', 'search_parallel', 'CategoryStream']
+           'write_block', 'read_block', 'read_category', 'search_parallel', 'CategoryStream']
 
 # %% ../../nbs/formulas/01_categories.ipynb #04c082b0
 import hashlib, json, os, uuid, warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 import numpy as np
+from ..core.folder import locked
 from ..core.settings import machine_settings
 
 # %% ../../nbs/formulas/01_categories.ipynb #083899b6
@@ -90,7 +93,10 @@ def _numbers(path):
 
     if path.suffix == '.parquet':
         return pd.read_parquet(path)
-    return pd.read_csv(path, dtype=str).astype(float)
+    with open(path, encoding='utf-8') as f:
+        columns = f.readline(10_000).strip().split(',')
+        numbers = np.loadtxt(f, delimiter=',', ndmin=2)
+    return pd.DataFrame(numbers.reshape(-1, len(columns)), columns=columns)
 
 
 def _read_table(path, columns):
@@ -101,6 +107,8 @@ def _read_table(path, columns):
             f'{path}: column {min(wrong)!r} is missing or not known; '
             f'needed: class {" ".join(columns)}'
         )
+    if not np.isfinite(table['class']).all():
+        raise ValueError(f'{path}: a class is no number; number classes 0 … n - 1')
     by_class = table.groupby('class', sort=True)
     found = [(c, rows[list(columns)].to_numpy(float)) for c, rows in by_class]
     missing = sorted(set(range(len(found))) - {int(c) for c, _ in found})
@@ -205,28 +213,71 @@ def read_block(
         )
     return [np.array(m) for m in body['categories']], body['state']
 
+
+@lru_cache(512)
+def _kept_block(cache, b, changed):
+    return read_block(cache, b)
+
+
+def read_category(
+    cache: CategoryCache,
+    c: int,  # class
+) -> np.ndarray | None:
+    "Category `c` if it is on disk, else None; blocks stay in memory until their files change."
+    b, place = divmod(c, cache.block)
+    try:
+        changed = os.stat(cache.path(b)).st_mtime_ns
+    except FileNotFoundError:
+        return None
+    block = _kept_block(cache, b, changed)
+    return block[0][place] if block and place < len(block[0]) else None
+
 # %% ../../nbs/formulas/01_categories.ipynb #95b40d8b
+def _search_block(search, cache, b, wanted):
+    "The first `wanted` categories of a block; those that are missing are searched, and written."
+    found = read_block(cache, b)
+    # a block cut short by an earlier, smaller n is continued, not begun again
+    arrays = found[0] if found else []
+    if len(arrays) < wanted:
+        first = b * cache.block
+        missing = range(first + len(arrays), first + wanted)
+        arrays = arrays + [search(c) for c in missing]
+        write_block(cache, b, arrays)
+    return arrays[:wanted]
+
+
+def _claim_block(search, cache, b, wanted, wait):
+    "The same, while no other process is at that block; None if one is, unless `wait`."
+    found = read_block(cache, b)
+    if found and len(found[0]) >= wanted:
+        return found[0][:wanted]
+    with ExitStack() as claim:
+        try:
+            claim.enter_context(locked(cache.folder, f'.{b:05d}.lock', wait))
+        except ValueError:
+            if wait:
+                raise
+            return None
+        return _search_block(search, cache, b, wanted)
+
+
 def search_parallel(
     search,  # function: class → array; its result depends on the class alone
     n: int,  # how many classes, 0 … n - 1
     cache: CategoryCache,
     workers: int = 1,  # threads
 ) -> list:  # n arrays
-    "Categories 0 … n - 1, each block from the cache, or searched and put there."
+    "Categories 0 … n - 1; each block is read, or searched by one of all processes that ask."
+    sizes = [min(cache.block, n - first) for first in range(0, n, cache.block)]
 
-    def block(b):
-        first, last = b * cache.block, min((b + 1) * cache.block, n)
-        found = read_block(cache, b)
-        # a block cut short by an earlier, smaller n is continued, not begun again
-        arrays = found[0] if found else []
-        missing = range(first + len(arrays), last)
-        if missing:
-            arrays = arrays + [search(c) for c in missing]
-            write_block(cache, b, arrays)
-        return arrays[: last - first]
+    def block(b, wait=False):
+        return _claim_block(search, cache, b, sizes[b], wait)
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        return [maps for arrays in pool.map(block, range(-(-n // cache.block))) for maps in arrays]
+        blocks = list(pool.map(block, range(len(sizes))))
+    for b, arrays in enumerate(blocks):
+        blocks[b] = block(b, wait=True) if arrays is None else arrays
+    return [maps for arrays in blocks for maps in arrays]
 
 # %% ../../nbs/formulas/01_categories.ipynb #1766e581
 class CategoryStream:
@@ -240,21 +291,36 @@ class CategoryStream:
     ):
         self.search, self.rng, self.cache = search, rng, cache
         self.found, self.lock = [], Lock()
-        while (block := read_block(cache, len(self.found) // cache.block)) is not None:
-            categories, (kind, words, position) = block
-            self.found += categories
-            self.rng.set_state((kind, np.array(words, np.uint32), position))
+        self._read()
 
     def upto(self, n: int) -> list:
-        "The first `n` categories, searched now unless they were before."
+        "The first `n` categories; one process searches those that nobody has, the others wait."
         with self.lock:
-            while len(self.found) < n:
-                self.found.append(self.search(self.rng))
-                if len(self.found) % self.cache.block == 0:
-                    self._write_last_block()
+            if len(self.found) < n:
+                with locked(self.cache.folder, '.stream.lock', wait=True):
+                    self._read()
+                    self._search(n)
             return self.found[:n]
+
+    def _read(self):
+        "Goes on to where the blocks on disk end; the last of them may be begun only."
+        while True:
+            b, known = divmod(len(self.found), self.cache.block)
+            block = read_block(self.cache, b)
+            if block is None or len(block[0]) <= known:
+                return
+            categories, (kind, words, position) = block
+            self.found[b * self.cache.block :] = categories
+            self.rng.set_state((kind, np.array(words, np.uint32), position))
+
+    def _search(self, n):
+        while len(self.found) < n:
+            self.found.append(self.search(self.rng))
+            if len(self.found) % self.cache.block == 0 or len(self.found) == n:
+                self._write_last_block()
 
     def _write_last_block(self):
         kind, words, position = self.rng.get_state()[:3]
-        b, block = len(self.found) // self.cache.block - 1, self.found[-self.cache.block :]
-        write_block(self.cache, b, block, [kind, words.tolist(), int(position)])
+        b = (len(self.found) - 1) // self.cache.block
+        state = [kind, words.tolist(), int(position)]
+        write_block(self.cache, b, self.found[b * self.cache.block :], state)

@@ -143,10 +143,10 @@ def _work(formula, category, size):
     strength, gain, drift = float(category.noise), float(formula.gain), float(category.drift)
     return image, xs, ys, table, outside, strength, gain, drift
 
-# %% ../../nbs/formulas/02_contours.ipynb #1bce97a7
+# %% ../../nbs/formulas/02_contours.ipynb #3c1f3aba
 @dataclass(frozen=True)
-class Contours(Formula):
-    "What RCDB and VisualAtom share. A family adds knobs, `new_category` and `new_instance`."
+class _Kind(Formula):
+    "What a family decides besides its knobs."
 
     gain: ClassVar[float] = 1.0  # how often the noise counts
     start_first: ClassVar[bool] = True  # is the centre added before the corners are bent?
@@ -171,6 +171,37 @@ class Contours(Formula):
         "The centre (x, y) as added before bending and as added when drawing."
         start, none = (category.start_w, category.start_h), (0.0, 0.0)
         return (start, none) if self.start_first else (none, start)
+
+# %% ../../nbs/formulas/02_contours.ipynb #b9545d75
+class _Reference:
+    "The published images of a family, in their order."
+
+    def reference(
+        self,
+        thread: int = 0,  # which of the published program's processes
+        threads: int = 1,  # how many it was started with
+    ) -> Iterator[Sample]:
+        "The published images of one thread, in order, classes numbered from `start_class`."
+        _check_thread(self, thread, threads)
+        return (
+            Sample(c, k, image, self.file(c, k, category), category)
+            for c, k, category, image in _published_order(self, thread, threads, self.size)
+        )
+
+    def reference_categories(
+        self,
+        thread: int = 0,  # which of the published program's processes
+        threads: int = 1,  # how many it was started with
+    ) -> Iterator[tuple]:
+        "(class, category) as one published thread draws them; the images are skipped."
+        _check_thread(self, thread, threads)
+        images = _published_order(self, thread, threads, 0)
+        return ((c, category) for c, k, category, _ in images if k == 0)
+
+# %% ../../nbs/formulas/02_contours.ipynb #6ce2584e
+@dataclass(frozen=True)
+class Contours(_Kind, _Reference):
+    "What RCDB and VisualAtom share. A family adds knobs, `new_category` and `new_instance`."
 
     def paint(
         self,
@@ -201,28 +232,6 @@ class Contours(Formula):
             category = self.new_instance(category, self.instance_stream(self.start_class + c, k))
         return self.paint(category, c, k)
 
-    def reference(
-        self,
-        thread: int = 0,  # which of the published program's processes
-        threads: int = 1,  # how many it was started with
-    ) -> Iterator[Sample]:
-        "The published images of one thread, in order, classes numbered from `start_class`."
-        _check_thread(self, thread, threads)
-        return (
-            Sample(c, k, image, self.file(c, k, category), category)
-            for c, k, category, image in _published_order(self, thread, threads, self.size)
-        )
-
-    def reference_categories(
-        self,
-        thread: int = 0,  # which of the published program's processes
-        threads: int = 1,  # how many it was started with
-    ) -> Iterator[tuple]:
-        "(class, category) as one published thread draws them; the images are skipped."
-        _check_thread(self, thread, threads)
-        images = _published_order(self, thread, threads, 0)
-        return ((c, category) for c, k, category, _ in images if k == 0)
-
 # %% ../../nbs/formulas/02_contours.ipynb #582930dd
 def _start(formula, rng):
     "A centre near the middle: first down, then across."
@@ -237,11 +246,22 @@ _CONTOUR_ELSEWHERE = dict(
     thread_num='the parts of all processes are built together',
     display='build.ipynb shows pictures as they are drawn',
 )
+_CONTOUR_FLAGS = dict(
+    numof_classes='classes',
+    numof_instances='instances',
+    image_size='size',
+    perlin_min='noise_min',
+    line_width='drift',
+    radius_min='radius_min',
+    line_num_min='lines_min',
+    oval_rate='oval_max',
+    start_pos='start_range',
+)
 
-# %% ../../nbs/formulas/02_contours.ipynb #08f166d7
+# %% ../../nbs/formulas/02_contours.ipynb #655a36df
 @dataclass(frozen=True)
-class RCDB(Contours):
-    "Radial Contour DataBase (Kataoka et al., CVPR 2022; `make_rcdb.py`): dark contours on white."
+class _RCDBKnobs(Contours):
+    "What can be set of RCDB; defaults are the published values."
 
     vertices_max: int = knob(200, 3, 10_000, 'largest number of corners of a class')
     lines_min: int = knob(1, 1, 10_000, 'smallest number of lines; the largest is 199 more')
@@ -253,20 +273,30 @@ class RCDB(Contours):
         400, 0, 100_000, 'the centre strays by up to half of this from the middle, pixels'
     )
 
+# %% ../../nbs/formulas/02_contours.ipynb #c9b5f264
+class _RCDBNames:
+    "Names of images, and the file of parameters beside them."
+
+    def file(self, c: int, k: int, category: ContourCategory) -> str:
+        "Where `make_rcdb.py` saves the image, relative to its output folder."
+        return f'image/{c:05d}/{c:05d}_{k:04d}.png'
+
+    def published_file(self, c: int, k: int) -> str:
+        return self.file(self.start_class + c, k, None)
+
+    def published_parameters(self, sample: Sample) -> tuple:
+        "`param/CCCCC.csv`, with the line ends of Python's `csv` module."
+        text = sample.category.csv().replace('\n', '\r\n')
+        return f'param/{sample.cls:05d}.csv', text.encode()
+
+# %% ../../nbs/formulas/02_contours.ipynb #e155445b
+@dataclass(frozen=True)
+class RCDB(_RCDBNames, _RCDBKnobs):
+    "Radial Contour DataBase (Kataoka et al., CVPR 2022; `make_rcdb.py`): dark contours on white."
+
     name = 'rcdb'
     background, gain, start_first = 255, 2.0, False
-    flags = dict(
-        numof_classes='classes',
-        numof_instances='instances',
-        image_size='size',
-        vertex_num='vertices_max',
-        perlin_min='noise_min',
-        line_width='drift',
-        radius_min='radius_min',
-        line_num_min='lines_min',
-        oval_rate='oval_max',
-        start_pos='start_range',
-    )
+    flags = _CONTOUR_FLAGS | dict(vertex_num='vertices_max')
     elsewhere = _CONTOUR_ELSEWHERE
 
     @property
@@ -299,33 +329,36 @@ class RCDB(Contours):
         radius = rng.randint(self.radius_min, self.radius_min + 100)
         return replace(category, oval_x=oval_x, oval_y=oval_y, radius=radius, **_start(self, rng))
 
-    def file(self, c: int, k: int, category: ContourCategory) -> str:
-        "Where `make_rcdb.py` saves the image, relative to its output folder."
-        return f'image/{c:05d}/{c:05d}_{k:04d}.png'
+# %% ../../nbs/formulas/02_contours.ipynb #6ca67011
+@dataclass(frozen=True)
+class _AtomKnobs(Contours):
+    "What can be set of VisualAtom; defaults are those of the published shell script."
 
-    def published_file(self, c: int, k: int) -> str:
-        return self.file(self.start_class + c, k, None)
-
-    def published_parameters(self, sample: Sample) -> tuple:
-        "`param/CCCCC.csv`, with the line ends of Python's `csv` module."
-        text = sample.category.csv().replace('\n', '\r\n')
-        return f'param/{sample.cls:05d}.csv', text.encode()
+    vertices_min: int = knob(200, 3, 10_000, 'smallest number of corners of a class')
+    vertices_max: int = knob(1000, 3, 10_000, 'largest number of corners of a class')
+    lines_min: int = knob(1, 1, 10_000, 'smallest number of lines')
+    lines_max: int = knob(200, 1, 10_000, 'largest number of lines')
+    noise_min: float = knob(0.0, 0.0, 1000.0, 'smallest noise strength; the largest is 4 more')
+    drift: float = knob(0.1, 0.0, 1000.0, 'largest outward drift a line, pixels')
+    radius_min: int = knob(10, 0, 100_000, 'smallest radius, pixels; the largest is 50 more')
+    oval_max: float = knob(2.0, 1.0, 1000.0, 'largest stretch; the smallest is 1')
+    start_range: int = knob(
+        512, 0, 100_000, 'the centre strays by up to half of this from the middle, pixels'
+    )
+    wave_1_min: int = knob(0, 0, 10_000, 'fewest periods of the first sine')
+    wave_1_max: int = knob(20, 0, 10_000, 'most periods of the first sine')
+    wave_2_min: int = knob(0, 0, 10_000, 'fewest periods of the second sine')
+    wave_2_max: int = knob(20, 0, 10_000, 'most periods of the second sine')
+    start_class: int = knob(
+        0, 0, 2**31, 'number of the first class: 1000 continues a data set of 1000'
+    )
 
 # %% ../../nbs/formulas/02_contours.ipynb #c0084680
-_ATOM_FLAGS = dict(
-    numof_classes='classes',
-    numof_instances='instances',
-    image_size='size',
+_ATOM_FLAGS = _CONTOUR_FLAGS | dict(
     start_class='start_class',
     vertex_num_min='vertices_min',
     vertex_num_max='vertices_max',
-    line_num_min='lines_min',
     line_num_max='lines_max',
-    perlin_min='noise_min',
-    line_width='drift',
-    radius_min='radius_min',
-    oval_rate='oval_max',
-    start_pos='start_range',
     nami_1_min='wave_1_min',
     nami_1_max='wave_1_max',
     nami_2_min='wave_2_min',
@@ -352,27 +385,8 @@ def _category(formula, c):
 
 # %% ../../nbs/formulas/02_contours.ipynb #2ccd19f3
 @dataclass(frozen=True)
-class VisualAtom(Contours):
+class VisualAtom(_AtomKnobs):
     "VisualAtom (Takashima et al., CVPR 2023; `render_VisualAtom.py`): light lines with two waves."
-
-    vertices_min: int = knob(200, 3, 10_000, 'smallest number of corners of a class')
-    vertices_max: int = knob(1000, 3, 10_000, 'largest number of corners of a class')
-    lines_min: int = knob(1, 1, 10_000, 'smallest number of lines')
-    lines_max: int = knob(200, 1, 10_000, 'largest number of lines')
-    noise_min: float = knob(0.0, 0.0, 1000.0, 'smallest noise strength; the largest is 4 more')
-    drift: float = knob(0.1, 0.0, 1000.0, 'largest outward drift a line, pixels')
-    radius_min: int = knob(10, 0, 100_000, 'smallest radius, pixels; the largest is 50 more')
-    oval_max: float = knob(2.0, 1.0, 1000.0, 'largest stretch; the smallest is 1')
-    start_range: int = knob(
-        512, 0, 100_000, 'the centre strays by up to half of this from the middle, pixels'
-    )
-    wave_1_min: int = knob(0, 0, 10_000, 'fewest periods of the first sine')
-    wave_1_max: int = knob(20, 0, 10_000, 'most periods of the first sine')
-    wave_2_min: int = knob(0, 0, 10_000, 'fewest periods of the second sine')
-    wave_2_max: int = knob(20, 0, 10_000, 'most periods of the second sine')
-    start_class: int = knob(
-        0, 0, 2**31, 'number of the first class: 1000 continues a data set of 1000'
-    )
 
     name = 'visualatom'
     ranges = (

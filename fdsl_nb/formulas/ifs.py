@@ -7,14 +7,16 @@ __all__ = ['weight_table', 'Variant', 'flipped', 'FractalDB', 'OFDB2D', 'sample_
            'OnePFrac', 'render_ifs', 'search_categories']
 
 # %% ../../nbs/formulas/05_ifs.ipynb #26df10b6
-import hashlib, re
+import hashlib
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, NamedTuple
+
 import numpy as np
+
 from ..core.rng import CATEGORY, CounterRandom, PythonRandom
-from .formula import Formula, Sample, knob
 from .categories import category_files, load_categories
 from fdsl_nb.formulas.chaos import (
     COLUMNS,
@@ -27,6 +29,7 @@ from fdsl_nb.formulas.chaos import (
     weighted,
     workspace,
 )
+from .formula import Formula, Sample, check_one_stream, knob
 from fdsl_nb.formulas.ifs_search import (
     TRIES,
     canonical_categories,
@@ -137,6 +140,9 @@ class _Searched(Formula):
             return published_categories(self.rate, self.search_points).upto(self.classes)
         return canonical_categories(self.classes, self.seed, self.rate, self.search_points, workers)
 
+    def prepare(self, workers: int = 1):
+        self.all_categories(workers)
+
     def fingerprint(self) -> str:
         "Twelve hex digits: equal for equal descriptions with, if from a file, equal categories."
         base = super().fingerprint()
@@ -146,27 +152,12 @@ class _Searched(Formula):
         return hashlib.sha256(base.encode() + numbers).hexdigest()[:12]
 
 # %% ../../nbs/formulas/05_ifs.ipynb #db01d60b
-_FRACTALDB_FLAGS = dict(
-    category='classes',
-    rate='rate',
-    numof_point='search_points',
-    load_root='categories',
+_PICTURE_FLAGS = dict(
     image_size_x='size',
     image_size_y='size',
     pad_size_x='padding',
     pad_size_y='padding',
     iteration='points',
-    draw_type='draw_type',
-    weight_csv='weight',
-    instance='instances',
-)
-
-
-_FRACTALDB_ELSEWHERE = dict(
-    save_root='-p out FOLDER',
-    save_dir='searched categories are kept below data_root, a setting of the machine',
-    path2dir='no folder is divided here: numbered workers share the pictures',
-    thread='no folder is divided here: numbered workers share the pictures',
 )
 
 
@@ -180,6 +171,31 @@ def _square(name, flags):
             )
 
 
+def _check_padding(formula):
+    if 2 * formula.padding >= formula.size:
+        raise ValueError(
+            f'{formula.name}: padding={formula.padding} leaves nothing of size={formula.size}; '
+            'give less than half'
+        )
+
+# %% ../../nbs/formulas/05_ifs.ipynb #cc606f41
+_FRACTALDB_FLAGS = _PICTURE_FLAGS | dict(
+    category='classes',
+    rate='rate',
+    numof_point='search_points',
+    load_root='categories',
+    draw_type='draw_type',
+    weight_csv='weight',
+    instance='instances',
+)
+_FRACTALDB_ELSEWHERE = dict(
+    save_root='-p out FOLDER',
+    save_dir='searched categories are kept below data_root, a setting of the machine',
+    path2dir='no folder is divided here: numbered workers share the pictures',
+    thread='no folder is divided here: numbered workers share the pictures',
+)
+
+
 def _table_weight(name):
     found = re.search(r'weights_(\d*\.?\d+)\.csv$', str(name))
     if not found:
@@ -189,18 +205,10 @@ def _table_weight(name):
         )
     return float(found[1])
 
-# %% ../../nbs/formulas/05_ifs.ipynb #1a0cf7f5
-def _check_padding(formula):
-    if 2 * formula.padding >= formula.size:
-        raise ValueError(
-            f'{formula.name}: padding={formula.padding} leaves nothing of size={formula.size}; '
-            'give less than half'
-        )
-
-# %% ../../nbs/formulas/05_ifs.ipynb #a330248f
+# %% ../../nbs/formulas/05_ifs.ipynb #80c9184d
 @dataclass(frozen=True)
-class FractalDB(_Searched):
-    "FractalDB (Kataoka et al., ACCV 2020): searched maps, 25 weights × 4 flips × patch draws."
+class _FractalDBKnobs(_Searched):
+    "What can be set of FractalDB, and what is checked."
 
     size: int = knob(362, 8, 8192, 'side of the square image, pixels')
     points: int = knob(200_000, 200, 2**31, 'length of the chaos game')
@@ -217,14 +225,6 @@ class FractalDB(_Searched):
         'canonical', help="'canonical', 'published', or the path of a folder or table of categories"
     )
 
-    name: ClassVar[str] = 'fractaldb'
-    category_columns: ClassVar[tuple] = COLUMNS
-    rows: ClassVar[int] = 25  # of the weight table
-    flips: ClassVar[int] = 4
-    flags = _FRACTALDB_FLAGS
-    elsewhere = _FRACTALDB_ELSEWHERE
-    program_defaults = dict(size=512, points=100_000, weight=0.1, categories='published')
-
     def __post_init__(self):
         super().__post_init__()
         check_rate(self.rate, self.search_points)
@@ -235,6 +235,15 @@ class FractalDB(_Searched):
                 f'{self.name}: classes={self.classes}, but {self.categories} holds {there}; '
                 'give at most that many'
             )
+
+# %% ../../nbs/formulas/05_ifs.ipynb #ae8a7f01
+class _Instances(_FractalDBKnobs):
+    "Which variant an instance is, and its picture."
+
+    name: ClassVar[str] = 'fractaldb'
+    category_columns: ClassVar[tuple] = COLUMNS
+    rows: ClassVar[int] = 25  # of the weight table
+    flips: ClassVar[int] = 4
 
     def variant(self, k: int) -> Variant:
         "Which weights, flip and patch draw instance `k` has."
@@ -253,6 +262,15 @@ class FractalDB(_Searched):
         image = flipped(draw_cloud(cloud, self.size, self.draw_type, patches, self.padding), flip)
         return PALETTE[image] if self.draw_type.endswith('color') else image
 
+# %% ../../nbs/formulas/05_ifs.ipynb #8f871932
+@dataclass(frozen=True)
+class FractalDB(_Instances):
+    "FractalDB (Kataoka et al., ACCV 2020): searched maps, 25 weights × 4 flips × patch draws."
+
+    flags = _FRACTALDB_FLAGS
+    elsewhere = _FRACTALDB_ELSEWHERE
+    program_defaults = dict(size=512, points=100_000, weight=0.1, categories='published')
+
     def published_file(self, c: int, k: int) -> str:
         row, flip, count = self.variant(k)
         n = self.class_number(c)
@@ -260,7 +278,7 @@ class FractalDB(_Searched):
 
     def reference(self, thread: int = 0, threads: int = 1):
         "The published images, of three channels, in order; the first `instances` of each class."
-        _only_thread(self.name, thread, threads)
+        check_one_stream(self.name, thread, threads)
         yield from _published_order(self)
 
     @classmethod
@@ -279,14 +297,6 @@ class FractalDB(_Searched):
         return super().from_flags(**flags)
 
 # %% ../../nbs/formulas/05_ifs.ipynb #a58109a0
-def _only_thread(name, thread, threads):
-    if (thread, threads) != (0, 1):
-        raise ValueError(
-            f'{name}: thread={thread} of threads={threads}; '
-            'the published program has one stream: 0 of 1'
-        )
-
-
 def _patch_draws(formula):
     "How often the published program draws each row of weights."
     if formula.draw_type not in ('patch_gray', 'patch_color'):
@@ -415,10 +425,10 @@ def _disturbed_class(formula, c):
     picks = canonical_picks(formula.seed, formula.points)
     return _first_lit(formula, formula.system(), formula.category_stream(c), patches, picks)
 
-# %% ../../nbs/formulas/05_ifs.ipynb #ba559e4a
+# %% ../../nbs/formulas/05_ifs.ipynb #86bf0922
 @dataclass(frozen=True)
-class OnePFrac(Formula):
-    "1p-frac (Nakamura et al., ECCV 2024): one sampled system; a class is a small disturbance."
+class _OnePFracKnobs(Formula):
+    "What can be set of 1p-frac, and what is checked."
 
     instances: int = knob(
         1, 1, 2**32 - 1, 'images of each class; 1 as published, more are further patch draws'
@@ -433,26 +443,7 @@ class OnePFrac(Formula):
     padding: int = knob(6, 1, 4000, 'free pixels at each border')
 
     name: ClassVar[str] = 'onepfrac'
-    category_columns: ClassVar[tuple] = COLUMNS
     spread: ClassVar[float] = 0.1  # of the σ-factor, fixed in the published program
-
-    flags = dict(
-        sample='classes',
-        image_size_x='size',
-        image_size_y='size',
-        pad_size_x='padding',
-        pad_size_y='padding',
-        iteration='points',
-        N='maps',
-        sigma='sigma',
-        delta='delta',
-        pixel_threshold='pixel_threshold',
-        mask_mode='mask_mode',
-    )
-    elsewhere = dict(
-        img_basesavedir='-p out FOLDER',
-        draw_type='nothing reads it: patches are always grey (render_from_oneparam_mp.py:61)',
-    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -463,6 +454,12 @@ class OnePFrac(Formula):
                 f'onepfrac: sigma={self.sigma} is impossible with maps={self.maps}; '
                 f'give {low} … {high}'
             )
+
+# %% ../../nbs/formulas/05_ifs.ipynb #0a080040
+class _Disturbed(_OnePFracKnobs):
+    "One system, and a picture of each disturbance of it."
+
+    category_columns: ClassVar[tuple] = COLUMNS
 
     def system(self) -> np.ndarray:
         "The one system all classes come from: float64 [maps, 7]."
@@ -484,6 +481,24 @@ class OnePFrac(Formula):
     def published_file(self, c: int, k: int) -> str:
         return f'{c:02d}/{c:02d}_{c:02d}_count_{k}_flip0.png'
 
+# %% ../../nbs/formulas/05_ifs.ipynb #49bd38c4
+@dataclass(frozen=True)
+class OnePFrac(_Disturbed):
+    "1p-frac (Nakamura et al., ECCV 2024): one sampled system; a class is a small disturbance."
+
+    flags = _PICTURE_FLAGS | dict(
+        sample='classes',
+        N='maps',
+        sigma='sigma',
+        delta='delta',
+        pixel_threshold='pixel_threshold',
+        mask_mode='mask_mode',
+    )
+    elsewhere = dict(
+        img_basesavedir='-p out FOLDER',
+        draw_type='nothing reads it: patches are always grey (render_from_oneparam_mp.py:61)',
+    )
+
     def reference(
         self,
         thread: int = 0,
@@ -491,7 +506,7 @@ class OnePFrac(Formula):
         stream_seed: int = None,  # of Python's generator; the formula's seed if None
     ):
         "Yields the images the published functions draw, the system from `default_rng(seed)`."
-        _only_thread(self.name, thread, threads)
+        check_one_stream(self.name, thread, threads)
         rng = PythonRandom(self.seed if stream_seed is None else stream_seed)
         generator = np.random.default_rng(self.seed)
         system, _ = sample_system(self.maps, self.sigma, generator, self.spread)

@@ -15,16 +15,19 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
+
 import numpy as np
-from numba import njit, float32, uint32
+from numba import float32, njit, uint32
+
 from ..core.rng import CATEGORY, CounterRandom, NumpyRandom, PythonRandom, _philox_fill, unit
-from .formula import Formula, Sample, knob
 from fdsl_nb.formulas.categories import (
     category_cache,
     check_category,
     load_categories,
+    read_category,
     search_parallel,
 )
+from .formula import Formula, Sample, check_one_stream, knob
 
 # %% ../../nbs/formulas/06_ifs3d.ipynb #10f7f06f
 COLUMNS = (*'abcdefghijkl', 'p')  # of a system: matrix row by row, shift, probability
@@ -162,11 +165,8 @@ def _volumes(m):
     )
 
 
-@lru_cache(maxsize=32_768)
-def canonical_system(
-    seed: int, c: int, variance: float = 0.05, points: int = 10_000, half_side: float = 1.0
-) -> np.ndarray:
-    "The system of class `c`, float64 [maps, 13], read-only: the first that its own stream finds."
+def _search_system(seed, c, variance, points, half_side):
+    "The first system that the stream of class `c` finds."
     stream = CounterRandom(seed, CATEGORY, c)
 
     def draw():
@@ -174,7 +174,22 @@ def canonical_system(
         maps = _system(2 * unit(stream.words(12 * m)).reshape(m, 12) - 1, _volumes)
         return maps, unit(stream.words(points))
 
-    maps = next(_accepted(draw, variance, half_side))
+    return next(_accepted(draw, variance, half_side))
+
+
+def _cache_of_systems(seed, variance, points, half_side, root=None):
+    settings = dict(seed=seed, variance=variance, points=points, half_side=half_side)
+    return category_cache('fractals3d', root, **settings)
+
+
+@lru_cache(maxsize=32_768)
+def canonical_system(
+    seed: int, c: int, variance: float = 0.05, points: int = 10_000, half_side: float = 1.0
+) -> np.ndarray:
+    "The system of class `c`, float64 [maps, 13], read-only: from memory, from disk, or searched."
+    maps = read_category(_cache_of_systems(seed, variance, points, half_side), c)
+    if maps is None:
+        maps = _search_system(seed, c, variance, points, half_side)
     maps.setflags(write=False)
     return maps
 
@@ -391,9 +406,12 @@ class _Clouds(Formula):
         "Every class's system; a canonical search is kept on disk and continued there."
         if self.categories != 'canonical':
             return list(_own_systems(self)[: self.classes])
-        names = ('seed', 'variance', 'points', 'half_side')
-        cache = category_cache('fractals3d', root, **{name: getattr(self, name) for name in names})
+        settings = self.variance, self.points, self.half_side
+        cache = _cache_of_systems(self.seed, *settings, root)
         return search_parallel(self.category, self.classes, cache, workers)
+
+    def prepare(self, workers: int = 1):
+        self.all_categories(workers)
 
     def cloud(
         self,
@@ -468,10 +486,10 @@ _ELSEWHERE = dict(
     draw_type='only point_gray draws anything there, and it is what is drawn here',
 )
 
-# %% ../../nbs/formulas/06_ifs3d.ipynb #f5ab3da1
+# %% ../../nbs/formulas/06_ifs3d.ipynb #4515879f
 @dataclass(frozen=True)
-class MVFractalDB(_Clouds):
-    "Multi-view FractalDB (Yamada et al. 2021; `ExFractalDB_render.sh`): clouds seen from a ring."
+class _ViewKnobs(_Clouds):
+    "What can be set of clouds that are photographed."
 
     instances: int = knob(0, 0, 2**32 - 1, 'images of each class; 0 for all views of all clouds')
     size: int = knob(224, 8, 8192, 'side of the square image, pixels')
@@ -496,11 +514,12 @@ class MVFractalDB(_Clouds):
         'canonical', help="'canonical', or a folder of published CSV files, or one table of them"
     )
 
-    name = 'mvfractaldb'
+# %% ../../nbs/formulas/06_ifs3d.ipynb #1912f991
+class _Views(_ViewKnobs):
+    "Clouds, their views, and the picture of a view."
+
     category_columns = COLUMNS
     axes: ClassVar[int] = 1  # of the camera's turns
-    flags, elsewhere = _FLAGS, _ELSEWHERE
-    program_defaults = dict(variance=0.15)
 
     def __post_init__(self):
         super().__post_init__()
@@ -543,6 +562,15 @@ class MVFractalDB(_Clouds):
         camera = self.camera(view, self.instance_stream(c, k))
         return _photograph(self, self.cloud(c, row), camera)
 
+# %% ../../nbs/formulas/06_ifs3d.ipynb #1ff9c12c
+@dataclass(frozen=True)
+class MVFractalDB(_Views):
+    "Multi-view FractalDB (Yamada et al. 2021; `ExFractalDB_render.sh`): clouds seen from a ring."
+
+    name = 'mvfractaldb'
+    flags, elsewhere = _FLAGS, _ELSEWHERE
+    program_defaults = dict(variance=0.15)
+
     def file_name(self, c: int, cloud: int, view: int) -> str:
         "The published name of a view of the `cloud`-th file of class `c`."
         steps = [view // self.views**n % self.views for n in reversed(range(self.axes))]
@@ -560,11 +588,7 @@ class MVFractalDB(_Clouds):
         view_seed: int = None,  # of the cameras
     ) -> Iterator[Sample]:
         "Images in the published order, with published names; there is one thread only."
-        if (thread, threads) != (0, 1):
-            raise ValueError(
-                f'{self.name}: thread={thread} of threads={threads}, '
-                'but the published program has one; give 0 of 1'
-            )
+        check_one_stream(self.name, thread, threads)
         given = (search_seed, points_seed, view_seed)
         return _published_order(self, *(self.seed if seed is None else seed for seed in given))
 

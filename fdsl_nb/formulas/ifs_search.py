@@ -13,7 +13,8 @@ from itertools import islice
 import numpy as np
 from ..core.rng import CATEGORY, CounterRandom, NumpyRandom, unit
 from ..core.raster import splat
-from .categories import CategoryStream, category_cache, read_block, search_parallel
+from .categories import CategoryStream, category_cache, read_category
+from .categories import search_parallel
 from .chaos import GREY, play, to_pixels, workspace
 
 # %% ../../nbs/formulas/04_ifs_search.ipynb #34708068
@@ -112,11 +113,9 @@ def _canonical_cache(seed, rate, points):
 
 
 def _read_or_searched(seed, c, rate, points):
-    cache = _canonical_cache(seed, rate, points)
-    b, place = divmod(c, cache.block)
-    block = read_block(cache, b)
-    if block is not None and place < len(block[0]):
-        return block[0][place]
+    found = read_category(_canonical_cache(seed, rate, points), c)
+    if found is not None:
+        return found
     check_rate(rate, points)
     return first_filling(canonical_candidates(seed, c, points), rate)
 
@@ -146,7 +145,9 @@ def canonical_categories(
     def search(c):
         return canonical_category(seed, c, rate, points)
 
-    return search_parallel(search, n, _canonical_cache(seed, rate, points), workers)
+    found = search_parallel(search, n, _canonical_cache(seed, rate, points), workers)
+    _found.update({(seed, rate, points, c): maps for c, maps in enumerate(found)})
+    return found
 
 # %% ../../nbs/formulas/04_ifs_search.ipynb #0f33ca6f
 @lru_cache(4)
