@@ -65,6 +65,8 @@ def _block(index, offset, size):
         raise ValueError(
             f'the block at byte {offset} is of kind {stored[-1]}, neither plain (0) nor Snappy (1)'
         )
+    if varint(stored, 0)[0] > 64 * len(stored):  # Snappy makes 64 bytes of 3 at most
+        raise ValueError(f'snappy: the block at byte {offset} would unpack to more than it can')
     return bytes(cramjam.snappy.decompress_raw(stored[:-1]))
 
 # %% ../../nbs/models/03_bundle.ipynb #be444ee2
@@ -74,7 +76,7 @@ def _rows(block):
         raise ValueError('a block is shorter than its own ending')
     restarts = struct.unpack('<I', block[-4:])[0]
     end = len(block) - 4 - 4 * restarts
-    at, key = 0, b''
+    at, key, room = 0, b'', 32 * len(block)
     while at < end:
         shared, at = varint(block, at)
         new, at = varint(block, at)
@@ -82,6 +84,9 @@ def _rows(block):
         if shared > len(key) or at + new + size > end:
             raise ValueError('a row runs over its block')
         key = key[:shared] + block[at : at + new]
+        room -= len(key)
+        if room < 0:
+            raise ValueError('its keys grow without end')
         at += new
         yield key, block[at : at + size]
         at += size
@@ -156,6 +161,8 @@ def _shape(message):
 def _entry(message):
     found = fields(message)
     shape = tuple(length for part in found.get(2, []) for length in _shape(part))
+    if len(shape) > 254:  # TensorFlow's own limit
+        raise ValueError(f'a tensor of {len(shape)} axes')
     dtype, *place = (_number(found, name) for name in (1, 3, 4, 5, 6))
     return Entry(dtype, shape, *place, sliced=7 in found)
 
@@ -167,8 +174,12 @@ def read_index(
     path, rows = Path(path), {}
     try:
         index = path.read_bytes()
+        end = -1
         for _, place in _rows(_block(index, *_footer(index)[1])):
             offset, at = varint(place, 0)
+            if offset <= end:
+                raise ValueError(f'the block at byte {offset} is listed twice')
+            end = offset
             rows |= _rows(_block(index, offset, varint(place, at)[0]))
         header = fields(rows.pop(b''))
         entries = {key.decode(): _entry(value) for key, value in rows.items()}

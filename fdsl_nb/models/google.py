@@ -103,11 +103,12 @@ def google_shapes(
 def _arrays(path):
     try:
         with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+            if unpacked > 8 * path.stat().st_size + 2**24:
+                raise ValueError(f'it says that it unpacks to {unpacked} bytes')
             return {
                 name.removesuffix('.npy'): _array(archive.read(name)) for name in archive.namelist()
             }
-    except MemoryError:
-        raise
     except Exception as e:  # zipfile, zlib and NumPy have one for every way to be damaged
         raise CheckpointError(
             f'{path.name!r} is damaged or no archive of arrays ({type(e).__name__}: {e}); '
@@ -117,7 +118,13 @@ def _arrays(path):
 
 def _array(member):
     "The array in a member's bytes, whose checksum `archive.read` has checked."
-    return np.load(io.BytesIO(member), allow_pickle=False)
+    file = io.BytesIO(member)
+    read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+    shape, _, dtype = read[np.lib.format.read_magic(file)[0]](file)
+    if math.prod(shape) * dtype.itemsize != len(member) - file.tell() or min(shape, default=0) < 0:
+        raise ValueError(f'shape {shape} of {dtype} is not what it holds')
+    file.seek(0)
+    return np.load(file, allow_pickle=False)
 
 # %% ../../nbs/models/04_google.ipynb #e09ebe51
 # arrays that every file has, and their number of axes
