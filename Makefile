@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help env demo quick test campaign notebooks docs browser-test style prepare clean
+.PHONY: help env demo quick test campaign notebooks docs browser-test gpu-test style prepare clean
 
 help:           ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,9 @@ browser-test: env ## JupyterLab and the documentation in a real browser, without
 	@for needed in chromium node npm; do command -v $$needed > /dev/null || { echo "$$needed is not here; Debian: apt-get install chromium nodejs npm"; exit 1; }; done
 	npm ci --prefix tests/browser --no-audit --no-fund
 	$(BIN)/python -m pytest -q tests/browser
+
+gpu-test: env   ## what a GPU has to prove: pixels, speed; a line a stage (without a GPU: python benchmarks/gpu.py --device cpu)
+	$(BIN)/python benchmarks/gpu.py --json runs/gpu.json
 
 style: env      ## how the notebooks are written, in numbers: cells, widths, prose; fails nothing
 	$(BIN)/python tests/style.py

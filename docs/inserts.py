@@ -331,6 +331,7 @@ CONTENTS = {
         'cluster',
         'resume',
         'evaluate',
+        'ablations',
         'google',
         'coyo',
         'translate',

@@ -2,6 +2,7 @@
 
 Modules:
 
+- `fdsl_nb.data.cuda_augment`: Augmentation of a batch of grey images as a CUDA kernel.
 - `fdsl_nb.data.fast_augment`: timm's training transform for grey images, compiled, to the bit."""
 
 import hashlib

@@ -1,9 +1,9 @@
 """Data sets on disk: what is written and refused, what survives a kill, and reading it back."""
 
-import errno, hashlib, io, json, os, random, shutil, signal, subprocess, sys
-import tarfile, threading, time, zipfile
+import contextlib, errno, hashlib, io, json, multiprocessing, os, pickle, random, shutil
+import signal, subprocess, sys, tarfile, threading, time, zipfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +15,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import PILToTensor
 import webdataset
+from helpers import free_port
 from fdsl_nb.build import build as building
 from fdsl_nb.build.build import build, local_executor, make_plan, open_executor, read_lines
 from fdsl_nb.app.builds import run_build, start_build, verify_build
@@ -22,7 +23,7 @@ from fdsl_nb.models.checkpoints import read_checkpoint
 from fdsl_nb.formulas.contours import RCDB, VisualAtom
 from fdsl_nb.data.loading import EpochBatchSampler, FormulaDataset, train_loader
 from fdsl_nb.data.datasets import open_dataset
-from fdsl_nb.core.folder import RunFolder
+from fdsl_nb.core.folder import RunFolder, locked
 from fdsl_nb.formulas.ifs import FractalDB, OFDB2D, OnePFrac
 from fdsl_nb.formulas.ifs3d import ExFractalDB, MVFractalDB, OFDB3D
 from fdsl_nb.build.source import parameter_table
@@ -604,6 +605,147 @@ def test_dask_writes_the_same_bytes(tmp_path):
     assert built('local', 'dask') == contents(tmp_path / 'alone')
 
 
+# Slices, for job arrays
+
+
+@pytest.mark.parametrize('arrangement', [LAYOUTS[1], LAYOUTS[3]], ids=['folders', 'shards'])
+def test_slices_make_the_same_build_in_any_order(tmp_path, arrangement, monkeypatch):
+    monkeypatch.setattr(building, 'chunks', partial(building.chunks, images=20))
+    make(tmp_path / 'whole', **arrangement)
+    about = tmp_path / '.out.fdsl_nb'
+    for k in (3, 1, 2):
+        assert not (about / 'manifest.csv').exists()
+        found = make(tmp_path / 'out', slice=f'{k}/3', **arrangement)
+    assert found['images'] == 120 and contents(tmp_path / 'out') == contents(tmp_path / 'whole')
+    assert not list(about.glob('.*'))
+    assert make(tmp_path / 'out', slice='2/3', **arrangement) == found
+
+
+def test_a_build_without_a_slice_completes_slices(tmp_path, monkeypatch):
+    monkeypatch.setattr(building, 'chunks', partial(building.chunks, images=20))
+    make(tmp_path / 'whole')
+    make(tmp_path / 'out', slice='2/3')
+    drawn, real = [], building.write_class
+    monkeypatch.setattr(building, 'write_class', lambda job, p, *a: drawn.append(p) or real(job, p))
+    make(tmp_path / 'out')
+    assert drawn == [0, 2, 3, 5] and contents(tmp_path / 'out') == contents(tmp_path / 'whole')
+
+
+def slice_at_once(out, k, barrier):
+    building.chunks = partial(building.chunks, images=20)
+    barrier.wait()
+    make(out, slice=f'{k}/3', layout='shards', shard_images=20)
+
+
+@pytest.mark.process
+def test_slices_at_the_same_time(tmp_path):
+    fork = multiprocessing.get_context('fork')
+    barrier = fork.Barrier(3)
+    jobs = [
+        fork.Process(target=slice_at_once, args=(tmp_path / 'out', k, barrier)) for k in (1, 2, 3)
+    ]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(120)
+    assert [job.exitcode for job in jobs] == [0, 0, 0]
+    make(tmp_path / 'whole', layout='shards', shard_images=20)
+    assert contents(tmp_path / 'out') == contents(tmp_path / 'whole')
+
+
+def test_a_build_waits_for_no_slice_that_is_at_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(building, 'chunks', partial(building.chunks, images=20))
+    make(tmp_path / 'out', slice='1/2')
+    with locked(tmp_path / '.out.fdsl_nb', '.slice-2-2.lock'):
+        with pytest.raises(ValueError, match='is being written by process'):
+            make(tmp_path / 'out')
+    for wrong in ('3/2', '0/2', '1', '1/0', 'a/b', '-1/2'):
+        with pytest.raises(ValueError, match='for example 3/16'):
+            make(tmp_path / 'other', slice=wrong)
+    assert not (tmp_path / 'other').exists()
+
+
+def test_jobs_of_an_array_build_slices(tmp_path, monkeypatch):
+    monkeypatch.setattr(building, 'chunks', partial(building.chunks, images=20))
+    form = dict(dataset='visualatom', budget='demo', classes=4, instances=20, seed=0, workers=0)
+    form |= dict(scheduler=None, layout='plain', format='png', out=str(tmp_path / 'out'))
+    said = []
+    for k in (2, 1):
+        asked = start_build(form | dict(slice=f'{k}/2', run=str(tmp_path / f'run{k}')))
+        run_build(asked)
+        said.append(verify_build(asked))
+    assert said[0].startswith('slice 2/2 is written') and said[1].startswith('80 images')
+    for wrong, match in (
+        (dict(slice='3/2'), 'for example 3/16'),
+        (dict(slice='1/2', out=None), 'needs out'),
+        (dict(slice='1/2', scheduler='mpi'), 'leave one out'),
+    ):
+        with pytest.raises(ValueError, match=match):
+            start_build(form | wrong | dict(run=str(tmp_path / 'wrong')))
+
+
+def test_an_executor_of_200_threads_has_200_tasks_under_way():
+    met = threading.Barrier(200)
+    with ThreadPoolExecutor(200) as pool:
+        found = list(building.finished(((met.wait, (60,)) for _ in range(200)), pool))
+    assert sorted(found) == list(range(200))
+
+
+class Sent(Executor):
+    "Keeps how long each task is as it would be sent, and does it in another folder."
+
+    def __init__(self, elsewhere):
+        self.elsewhere, self.sizes = elsewhere, []
+
+    def submit(self, function, *arguments):
+        packed, future = pickle.dumps((function, arguments)), Future()
+        self.sizes.append(len(packed))
+        function, arguments = pickle.loads(packed)
+        with contextlib.chdir(self.elsewhere):
+            future.set_result(function(*arguments))
+        return future
+
+
+def test_tasks_are_small_and_know_where_they_are(tmp_path, monkeypatch):
+    names = [f'a class with rather a long name, number {c:05d}' for c in range(200)]
+    for name in names:
+        (tmp_path / 'pictures' / name).mkdir(parents=True)
+        Image.new('L', (8, 8)).save(tmp_path / 'pictures' / name / 'a.png')
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path)
+    sent = Sent(tmp_path / 'elsewhere')
+    build('pictures', 'out', executor=sent, progress=quiet)
+    assert verify('out', workers=0) == [] and not list((tmp_path / 'elsewhere').iterdir())
+    assert max(sent.sizes) < 2000
+    told = json.loads((tmp_path / '.out.fdsl_nb/manifest.json').read_text())
+    assert told['source']['dataset'] == 'pictures'
+
+
+@pytest.mark.slow
+def test_dask_started_elsewhere_completes_a_build(tmp_path):
+    "A scheduler and two workers as a cluster starts them, over tcp, in a folder of their own."
+    elsewhere, port = tmp_path / 'elsewhere', free_port()
+    elsewhere.mkdir()
+    address = f'tcp://127.0.0.1:{port}'
+    scheduler = ['scheduler', '--host', '127.0.0.1', '--port', str(port), '--no-dashboard']
+    worker = ['worker', address, '--nthreads', '1', '--no-dashboard', '--no-nanny']
+    started = [
+        subprocess.Popen([sys.executable, '-m', 'dask', *words], cwd=elsewhere)
+        for words in (scheduler, worker, worker)
+    ]
+    try:
+        with contextlib.chdir(tmp_path), distributed.Client(address, timeout='120s') as client:
+            client.wait_for_workers(2, timeout=120)
+            build(MANY, 'out', executor=client.get_executor(), progress=quiet, layout='shards')
+            assert verify('out', workers=0) == []
+    finally:
+        for process in reversed(started):
+            process.terminate()
+        for process in started:
+            process.wait(30)
+    assert not list(elsewhere.rglob('*.tar'))
+
+
 @pytest.mark.slow
 def test_dask_survives_the_loss_of_a_worker(tmp_path):
     build(MANY, tmp_path / 'whole', workers=0, progress=quiet, layout='shards', shard_images=50)
@@ -893,12 +1035,14 @@ def test_damaged_records_are_named_or_counted(shards, tmp_path, workers):
     assert (
         sum(
             len(x)
-            for x, _ in train_loader(lenient, PILToTensor(), EpochBatchSampler(120, 8), workers)
+            for x, _ in train_loader(
+                lenient, PILToTensor(), EpochBatchSampler(120, 8, epochs=1), workers
+            )
         )
         == 120
         and lenient.skipped.item() == 1
     )
-    stream = ShardStream(copy, PILToTensor(), 8, on_error='skip')
+    stream = ShardStream(copy, PILToTensor(), 8, on_error='skip', epochs=1)
     assert (
         sum(len(x) for x, _ in stream_loader(stream, workers)) == 120 and stream.skipped.item() == 1
     )

@@ -6,10 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import fdsl_nb
+from fdsl_nb.app.cli import planned_command
 from fdsl_nb.app.parameters import read_parameters, run_notebooks
 from fdsl_nb.training.recipes import FINETUNE, PRETRAIN
 
@@ -52,7 +54,7 @@ def typed(*words, folder=None, **environment):
         (['recipes', '--help'], ['usage: fdsl recipes']),
         (
             ['compare', '--help'],
-            ['usage: fdsl compare', '--published LABEL=NUMBER', '--figure FILE'],
+            ['usage: fdsl compare', '--published LABEL=NUMBER', '--figure FILE', '--latex'],
         ),
         (['recipes'], ['cifar100 84.2', *[r.name for r in (*PRETRAIN, *FINETUNE)]]),
         (['recipes', 'onepfrac1k_vit_tiny'], ['Nakamura et al., ECCV 2024']),
@@ -359,3 +361,14 @@ def test_what_may_change_when_a_run_continues_does_not_change_its_folder(tmp_pat
         more = {name: parameters[name].type(1)}
         assert folder_for('pretrain', given | more) == folder_for('pretrain', given), name
     assert folder_for('pretrain', given | dict(seed=1)) != folder_for('pretrain', given)
+
+
+@pytest.mark.parametrize('dataset', ['/data/x-{0..3}.tar', 'half{', '{run}'])
+def test_braces_in_a_name_do_not_reach_papermills_formatting(dataset, tmp_path, monkeypatch):
+    from papermill.parameterize import parameterize_path
+
+    monkeypatch.chdir(tmp_path)
+    *_, executed = planned_command('pretrain', ['-p', 'dataset', dataset])[:5]
+    formatted = Path(parameterize_path(executed, dict(run='elsewhere')))
+    assert Path(dataset).name in formatted.parent.name
+    assert formatted.parent.is_dir() and formatted.parent.parent == Path('runs')

@@ -167,7 +167,7 @@ def test_a_plain_data_set_trains_like_one_of_ours():
     assert seen(train_loader(Greys(), PILToTensor(), batches)) == seen(
         as_images(Greys()).train_loader(PILToTensor(), batches, 2)
     )
-    train, _ = make_loaders(RunConfig(batch_size=4, img_size=8), {'train': Greys()})
+    train, _ = make_loaders(RunConfig(batch_size=4, img_size=8, workers=0), {'train': Greys()})
     assert len(train) == 5 and not many_labels({'train': Greys()})
     rest, aside = hold_out(Greys(), 0.2)
     assert isinstance(rest, Part)

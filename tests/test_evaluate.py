@@ -17,6 +17,7 @@ from fdsl_nb.models.checkpoints import CheckpointError, read_checkpoint, save_ch
 from fdsl_nb.app.compare import (
     compare_figure,
     compare_table,
+    table_text,
     differences,
     find_runs,
     read_run,
@@ -88,8 +89,8 @@ def examined(trained, weights, tmp_path_factory):
 
 def test_the_same_as_the_training_run_counted(trained, examined):
     # training measures the averaged weights where there are some
-    assert {k: examined[1][k] for k in ('split', 'correct', 'images', 'within_five')} == {
-        k: trained[1][k] for k in ('split', 'correct', 'images', 'within_five')
+    assert {k: examined[1][k] for k in ('split', 'correct', 'images', 'correct_top5')} == {
+        k: trained[1][k] for k in ('split', 'correct', 'images', 'correct_top5')
     }
     assert examined[1]['correct'] > 200, 'a network that learned nothing would make this test easy'
     assert examined[1]['top1'] == 100 * examined[1]['correct'] / 800
@@ -138,7 +139,7 @@ def test_equal_outputs_go_to_the_lowest_class():
     assert best_classes(logits).tolist() == [[0, 1, 2, 3, 4], [97, 98, 99, 0, 1], [0, 1, 2, 3, 4]]
     counter = Counter(100)
     counter.add(logits, torch.tensor([0, 97, 5]))
-    assert counter.result().correct == 2 and counter.result().within_five == 2
+    assert counter.result().correct == 2 and counter.result().correct_top5 == 2
 
 
 def test_classes_without_images_come_last():
@@ -676,3 +677,18 @@ def test_the_command_compares(trained, examined, tmp_path):
         and 'holds no run' in wrong.stderr
         and not (tmp_path / 'compare.png').exists()
     )
+
+
+def test_tables_for_papers():
+    table = pd.DataFrame(
+        {'top1': [43.5, None], 'images/s': [700, 'a_b & 5 %']},
+        index=pd.Index(['a|b', r'x_1\input{y}'], name='run'),
+    )
+    markdown = table_text(table, 'markdown').split('\n')
+    assert markdown[0] == '| run | top1 | images/s |'
+    assert markdown[2] == r'| a\|b | 43.5 | 700 |'
+    latex = table_text(table, 'latex')
+    assert r'x\_1\textbackslash input\{y\} &  & a\_b \& 5 \% \\' in latex
+    assert table_text(table, 'csv').split('\n')[1] == 'a|b,43.5,700'
+    with pytest.raises(ValueError, match="did you mean 'latex'"):
+        table_text(table, 'latx')

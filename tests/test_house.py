@@ -39,6 +39,7 @@ PLAIN_MODULES = {
     '__init__.py',  # the version, read by setuptools, and the names most used
     'training/worker.py',  # started with `python -m`, so importing it must do no more than that
     'data/fast_augment.py',  # compiled twins of timm and Pillow, which are its specification
+    'data/cuda_augment.py',  # what starts the CUDA twin of fast_augment.py, its specification
 }
 
 

@@ -151,7 +151,7 @@ def test_figures_by_hand():
         [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
     )
     e = counted(logits, targets)
-    assert (e.images, e.correct, e.within_five) == (4, 2, 3)  # ranks 0, 1, 0 and no label at all
+    assert (e.images, e.correct, e.correct_top5) == (4, 2, 3)  # ranks 0, 1, 0 and no label at all
     assert (e.hit(1), e.hit(2), e.top5) == (50.0, 75.0, 75.0)
     assert [v.tolist() for v in (e.true_positives, e.false_positives, e.false_negatives)] == [
         [1, 1, 0, 0],

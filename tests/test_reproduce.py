@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from fdsl_nb.app import experiments
+from fdsl_nb.app.compare import table_text
 from fdsl_nb.app.experiments import (
-    as_markdown,
-    carry_out,
+    run_step,
     experiment_table,
     identity,
     planned,
@@ -186,7 +186,7 @@ def test_a_notebook_that_cannot_start_says_so(tmp_path, monkeypatch):
         RuntimeError,
         match=r'pretrain-0: \S*(Error|NotJSON).*; the rest of the story is in .*papermill.log',
     ):
-        carry_out(e, e.steps[0], run_notebook)
+        run_step(e, e.steps[0], run_notebook)
 
 
 def test_what_was_done_stays_done_when_recipes_and_seeds_are_added(tmp_path):
@@ -285,7 +285,7 @@ def test_every_recipe_has_a_plan(name, budget, tmp_path):
         )
         for n, step in enumerate(e.steps):
             assert all(other in e.steps[:n] for other in e.steps if step.follows(other))
-            assert bool(step.takes) == any(step.follows(other) for other in e.steps)
+            assert bool(step.inputs) == any(step.follows(other) for other in e.steps)
 
 
 def test_recipes_that_differ_in_network_or_fine_tuning_have_scratch_rows_of_their_own(tmp_path):
@@ -293,7 +293,7 @@ def test_recipes_that_differ_in_network_or_fine_tuning_have_scratch_rows_of_thei
         return {
             s.start: s.parameters['recipe']
             for s in planned(TWO | given, RunFolder(tmp_path)).steps
-            if s.notebook == 'finetune' and not s.takes
+            if s.notebook == 'finetune' and not s.inputs
         }
 
     assert scratch() == {'scratch': 'finetune_cvpr2022'}
@@ -310,9 +310,9 @@ def test_recipes_that_differ_in_network_or_fine_tuning_have_scratch_rows_of_thei
 
 def test_every_seed_has_a_pretraining_of_its_own(tmp_path):
     names = [
-        s.takes['weights'].split('/')[1]
+        s.inputs['weights'].split('/')[1]
         for s in planned(FORM | dict(seeds=2, every_seed=True), RunFolder(tmp_path)).steps
-        if s.notebook == 'finetune' and s.takes
+        if s.notebook == 'finetune' and s.inputs
     ]
     assert names == ['pretrain-0', 'pretrain-1']
 
@@ -374,7 +374,7 @@ def test_a_table_without_a_published_number_has_no_such_column(tmp_path):
     e = planned(TWO, RunFolder(tmp_path))
     run_experiment(e, pretend)
     table = experiment_table(e)
-    assert 'published' not in table and as_markdown(table).count('\n') == 5
+    assert 'published' not in table and table_text(table, 'markdown').count('\n') == 5
 
 
 @pytest.mark.slow

@@ -299,6 +299,12 @@ def test_a_table_says_what_becomes_of_each_flag():
         assert named <= RECIPE.keys() | run, program.title
 
 
+def test_every_program_has_its_function():
+    "A title that the file of tables does not know would leave a program with that of a renderer."
+    drawing = {p.title for p in PROGRAMS if p.convert.__name__ == '_drawing'}
+    assert drawing == {p.title for p in PROGRAMS if p.formula}
+
+
 def test_the_command(capsys, tmp_path):
     script = tmp_path / 'train.sh'
     script.write_text('NAME=x\npython train.py --name $NAME --num_steps 500 --warmup_steps 100\n')

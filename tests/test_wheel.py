@@ -41,14 +41,16 @@ def wheel(tmp_path_factory):
 
 
 @pytest.mark.process
-def test_the_wheel_holds_modules_notebooks_and_settings_and_nothing_else(wheel):
+def test_the_wheel_holds_modules_kernels_notebooks_and_settings_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {n for n in archive.namelist() if '.dist-info/' not in n}
         settings = archive.read('fdsl_nb/notebooks/settings.template.ini')
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / 'fdsl_nb').rglob('*.py')}
     notebooks = {f'fdsl_nb/notebooks/{p.name}' for p in (ROOT / 'nbs').glob('*.ipynb')}
     ours = {'papermill_fdsl_nb.py', 'fdsl_nb/py.typed', 'fdsl_nb/notebooks/settings.template.ini'}
-    assert names == modules | notebooks | ours
+    ours.add('fdsl_nb/app/programs.yaml')
+    kernels = {str(p.relative_to(ROOT)) for p in (ROOT / 'fdsl_nb').glob('*/cuda_src/*')}
+    assert names == modules | notebooks | ours | kernels
     assert settings == (ROOT / 'settings.ini').read_bytes()
 
 

@@ -17,6 +17,7 @@ from timm.utils import unwrap_model
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor
+from ..core.settings import figure_text
 from .explore import LiveOrStatic, png_bytes, tiled
 
 # %% ../../nbs/app/02_attention.ipynb #a6cf0ad8
@@ -200,7 +201,8 @@ def show_attention(
     for n, ax in enumerate(np.atleast_1d(bottom.subplots(1, len(maps)))):
         _show_picture(ax, f'layer {n + 1}', over_image(image, maps[n]))
     labels, chances = zip(*reversed(top_labels(attention.logits, names)))
-    right.barh(labels, chances)
+    right.barh(range(len(labels)), chances)
+    right.set_yticks(range(len(labels)), map(figure_text, labels))
     right.set(xlim=(0, 1), xlabel='probability')
     return figure
 

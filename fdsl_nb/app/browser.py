@@ -7,10 +7,11 @@ __all__ = ['COLUMNS', 'COLOURS', 'stamp', 'look', 'head_line', 'run_line', 'Repe
            'RunBrowser', 'browse']
 
 # %% ../../nbs/app/07_browser.ipynb #3057c1d9
-import html, os, threading
+import html, os, re, threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 import ipywidgets as widgets
 from ..core.settings import did_you_mean, machine_settings
 from ..core.folder import RunFolder
@@ -99,8 +100,11 @@ def _text(value):
 
 
 def _epoch_bar(epoch):
-    done, _, total = epoch.partition('/')
-    size = f'value="{int(done)}" max="{int(total)}"'
+    "An epoch such as 3/10 with a bar; as a text if it is no such thing."
+    found = re.fullmatch(r'(\d+)/(\d+)', epoch, re.ASCII)
+    if not found:
+        return _cell(epoch)
+    size = f'value="{found[1]}" max="{found[2]}"'
     return f'<span>{epoch} <progress style="width:4em" {size}></progress></span>'
 
 
@@ -112,7 +116,7 @@ def run_line(
     cells = {name: _cell(_text(row[name])) for name in COLUMNS}
     colour = COLOURS.get(row['state'], 'black')
     cells['state'] = _cell(row['state'], f'font-weight:bold;color:{colour}')
-    if row['state'] == 'running' and '/' in row['epoch']:
+    if row['state'] == 'running':
         cells['epoch'] = _epoch_bar(row['epoch'])
     line = _grid(cells.values())
     if not reason:
@@ -138,7 +142,7 @@ class Repeating(threading.Thread):
 
 # %% ../../nbs/app/07_browser.ipynb #c9408a22
 def _link(path):
-    href = html.escape(os.path.relpath(path))
+    href = html.escape(quote(os.path.relpath(path)))
     return f'<a href="{href}" target="_blank">{html.escape(path.name)}</a>'
 
 
@@ -146,7 +150,7 @@ def report_links(run: Run) -> str:  # HTML
     "Links to a run's notebooks, pages and tables, and the reason of a failure."
     kinds = ('*.ipynb', '*.html', '*.csv', '*.json')
     links = [_link(path) for kind in kinds for path in sorted(run.path.glob(kind))]
-    lines = [f'<p><b>{html.escape(str(run.path))}</b>: {run.state}</p>']
+    lines = [f'<p><b>{html.escape(str(run.path))}</b>: {html.escape(run.state)}</p>']
     if run.reason:
         lines.append(f'<p style="color:{COLOURS["failed"]}">{html.escape(run.reason)}</p>')
     return ''.join([*lines, f'<p>{" · ".join(links)}</p>'])
@@ -161,25 +165,42 @@ def report_pictures(run: Run) -> list:  # of paths
 
     return sorted(run.path.glob('*.png'), key=place)
 
-# %% ../../nbs/app/07_browser.ipynb #3f417b81
-class _Table:
-    "The runs of a `RunBrowser`, a line and a tick box each."
+# %% ../../nbs/app/07_browser.ipynb #5bd47ffe
+class _Ticks:
+    "A line and a tick box for each run that was ever listed, and what is ticked."
+
+    def _add(self, path):
+        if path not in self.boxes:
+            self.boxes[path] = widgets.Checkbox(indent=False, layout=widgets.Layout(width='2em'))
+            self.lines[path] = widgets.HTML()
+            self.boxes[path].observe(self._show_page, 'value')
+
+    def tick(self, names: list):
+        "Ticks the runs of these names and no others; `ValueError` for a name that is not there."
+        known = {self._name(path): path for path in self.seen}
+        for name in names:
+            if name not in known:
+                raise ValueError(f'run={name!r} is not in {self.root}' + did_you_mean(name, known))
+            self._add(known[name])
+        chosen = [known[name] for name in names]
+        for path, box in self.boxes.items():
+            box.value = path in chosen
+
+    @property
+    def chosen(self) -> list:
+        "The paths of the ticked runs, oldest first."
+        return [p for p in reversed(self.seen) if p in self.boxes and self.boxes[p].value]
+
+    @property
+    def readable(self) -> list:
+        "The ticked runs that are not damaged."
+        return [p for p in self.chosen if self.seen[p][1].state != 'damaged']
+
+# %% ../../nbs/app/07_browser.ipynb #79fe4bc7
+class _Table(_Ticks):
+    "The runs of a `RunBrowser`, read again at each look."
 
     shown = None  # paths of the listed runs
-
-    def _make_table(self):
-        self.seen, self.boxes, self.lines = {}, {}, {}
-        self.words = widgets.Text(placeholder='part of a name', layout=widgets.Layout(width='14em'))
-        self.state = widgets.Dropdown(
-            options=['all states', *COLOURS], layout=widgets.Layout(width='9em')
-        )
-        self.again, self.message = widgets.Button(description='Look again'), widgets.HTML()
-        scrolling = widgets.Layout(max_height='24em', overflow='auto', width='fit-content')
-        self.table = widgets.VBox(layout=scrolling)
-        self.head = widgets.HTML(head_line(), layout=widgets.Layout(margin='0 0 0 2.4em'))
-        self.words.observe(self.look, 'value')
-        self.state.observe(self.look, 'value')
-        self.again.on_click(self.look)
 
     def look(self, _=None):
         "Looks at the folder again and brings everything up to date."
@@ -217,71 +238,27 @@ class _Table:
         text = ', '.join(f'{n} {state}' for state, n in states) or 'no runs yet'
         return text + (f'; {shown} of {wanted} shown' if wanted > shown else '')
 
-    def _add(self, path):
-        if path not in self.boxes:
-            self.boxes[path] = widgets.Checkbox(indent=False, layout=widgets.Layout(width='2em'))
-            self.lines[path] = widgets.HTML()
-            self.boxes[path].observe(self._show_page, 'value')
+# %% ../../nbs/app/07_browser.ipynb #de46ad63
+class _TableWidgets(_Table):
+    "The widgets of the table; each filter looks again."
 
-    def tick(self, names: list):
-        "Ticks the runs of these names and no others; `ValueError` for a name that is not there."
-        known = {self._name(path): path for path in self.seen}
-        for name in names:
-            if name not in known:
-                raise ValueError(f'run={name!r} is not in {self.root}' + did_you_mean(name, known))
-            self._add(known[name])
-        chosen = [known[name] for name in names]
-        for path, box in self.boxes.items():
-            box.value = path in chosen
+    def _make_table(self):
+        self.seen, self.boxes, self.lines = {}, {}, {}
+        self.words = widgets.Text(placeholder='part of a name', layout=widgets.Layout(width='14em'))
+        self.state = widgets.Dropdown(
+            options=['all states', *COLOURS], layout=widgets.Layout(width='9em')
+        )
+        self.again, self.message = widgets.Button(description='Look again'), widgets.HTML()
+        scrolling = widgets.Layout(max_height='24em', overflow='auto', width='fit-content')
+        self.table = widgets.VBox(layout=scrolling)
+        self.head = widgets.HTML(head_line(), layout=widgets.Layout(margin='0 0 0 2.4em'))
+        self.words.observe(self.look, 'value')
+        self.state.observe(self.look, 'value')
+        self.again.on_click(self.look)
 
-    @property
-    def chosen(self) -> list:
-        "The paths of the ticked runs, oldest first."
-        return [p for p in reversed(self.seen) if p in self.boxes and self.boxes[p].value]
-
-    @property
-    def readable(self) -> list:
-        "The ticked runs that are not damaged."
-        return [p for p in self.chosen if self.seen[p][1].state != 'damaged']
-
-# %% ../../nbs/app/07_browser.ipynb #9df3e072
-class _Pages:
-    "The pages of a `RunBrowser` about the ticked runs."
-
-    page_state = None  # what the open page shows
-
-    def _make_pages(self):
-        self.curves, self.differ = widgets.Image(format='png'), widgets.HTML()
-        self.which = widgets.Dropdown(description='run')
-        self.links, self.pictures = widgets.Output(), widgets.VBox()
-        report = widgets.VBox([self.which, self.links, self.pictures])
-        titles = ('Curves', 'Where they differ', 'Report')
-        self.pages = widgets.Tab([self.curves, self.differ, report], titles=titles)
-        self.pages.observe(self._show_page, 'selected_index')
-        self.which.observe(self._show_page, 'value')
-
-    def _show_page(self, _=None):
-        with self.lock:
-            chosen, page = self.chosen, self.pages.selected_index or 0
-            runs = [(path, self.seen[path][0], self.seen[path][1].state) for path in chosen]
-            state = page, self.which.value, runs
-            if state == self.page_state:
-                return
-            self.page_state = state
-            show = (self._show_curves, self._show_differences, self._show_report)[page]
-            try:
-                show(chosen)
-            except (OSError, ValueError) as e:
-                self.message.value = f'<b>{html.escape(str(e))}</b>'
-
-    def _show_curves(self, chosen):
-        self.curves.value = self.still() if chosen else b''
-
-    def _show_differences(self, chosen):
-        if len(chosen) > 1:
-            self.differ.value = differences(self.readable).to_html()
-        else:
-            self.differ.value = 'tick two runs or more'
+# %% ../../nbs/app/07_browser.ipynb #1f6cfe07
+class _ReportPage:
+    "The page about one of the ticked runs: its files and figures."
 
     def _show_report(self, chosen):
         names = dict(zip(short_names(chosen), chosen)) if chosen else {}
@@ -306,30 +283,54 @@ class _Pages:
         # a menu that was empty does not choose by itself
         self.which.value = before if before in names else next(iter(names), None)
 
-# %% ../../nbs/app/07_browser.ipynb #85baa50c
-class RunBrowser(_Table, _Pages, LiveOrStatic):
-    "A table of the runs under `root` and pages about the ticked ones; `chosen` are their paths."
+# %% ../../nbs/app/07_browser.ipynb #5ca0bc09
+class _Pages(_ReportPage):
+    "The pages of a `RunBrowser` about the ticked runs."
+
+    page_state = None  # what the open page shows
+
+    def _show_page(self, _=None):
+        with self.lock:
+            chosen, page = self.chosen, self.pages.selected_index or 0
+            runs = [(path, self.seen[path][0], self.seen[path][1].state) for path in chosen]
+            state = page, self.which.value, runs
+            if state == self.page_state:
+                return
+            self.page_state = state
+            show = (self._show_curves, self._show_differences, self._show_report)[page]
+            try:
+                show(chosen)
+            except (OSError, ValueError) as e:
+                self.message.value = f'<b>{html.escape(str(e))}</b>'
+
+    def _show_curves(self, chosen):
+        self.curves.value = self.still() if chosen else b''
+
+    def _show_differences(self, chosen):
+        if len(chosen) > 1:
+            self.differ.value = differences(self.readable).to_html()
+        else:
+            self.differ.value = 'tick two runs or more'
+
+# %% ../../nbs/app/07_browser.ipynb #32fa91ac
+class _PageWidgets(_Pages):
+    "The tabs below the table."
+
+    def _make_pages(self):
+        self.curves, self.differ = widgets.Image(format='png'), widgets.HTML()
+        self.which = widgets.Dropdown(description='run')
+        self.links, self.pictures = widgets.Output(), widgets.VBox()
+        report = widgets.VBox([self.which, self.links, self.pictures])
+        titles = ('Curves', 'Where they differ', 'Report')
+        self.pages = widgets.Tab([self.curves, self.differ, report], titles=titles)
+        self.pages.observe(self._show_page, 'selected_index')
+        self.which.observe(self._show_page, 'value')
+
+# %% ../../nbs/app/07_browser.ipynb #caed7435
+class _Live:
+    "Looks again every few seconds, as long as the page is open."
 
     thread = None
-
-    def __init__(
-        self,
-        root: Path,  # a folder of runs
-        every: float = 2.0,  # seconds between two looks
-        published: dict = None,  # label → top-1, percent; those of the runs' recipes if None
-        most: int = 50,  # runs in the table
-    ):
-        self.root, self.every, self.published, self.most = Path(root), every, published, most
-        self.lock = threading.RLock()
-        find_runs(root, 0)  # raises if there is no such folder
-        self._make_table()
-        self._make_pages()
-        self.live = widgets.ToggleButton(description='Live', icon='eye')
-        self.live.observe(self._switch, 'value')
-        bar = widgets.HBox([self.words, self.state, self.live, self.again, self.message])
-        self.widget = widgets.VBox([bar, self.table, self.pages])
-        self.look()
-        self.tick([self._name(path) for path in list(self.seen)[:3]])
 
     def _switch(self, change):
         if change.new:
@@ -351,6 +352,29 @@ class RunBrowser(_Table, _Pages, LiveOrStatic):
         "Stops the thread and closes the widgets."
         self._halt()
         self.widget.close()
+
+# %% ../../nbs/app/07_browser.ipynb #00452c7a
+class RunBrowser(_TableWidgets, _PageWidgets, _Live, LiveOrStatic):
+    "A table of the runs under `root` and pages about the ticked ones; `chosen` are their paths."
+
+    def __init__(
+        self,
+        root: Path,  # a folder of runs
+        every: float = 2.0,  # seconds between two looks
+        published: dict = None,  # label → top-1, percent; those of the runs' recipes if None
+        most: int = 50,  # runs in the table
+    ):
+        self.root, self.every, self.published, self.most = Path(root), every, published, most
+        self.lock = threading.RLock()
+        find_runs(root, 0)  # raises if there is no such folder
+        self._make_table()
+        self._make_pages()
+        self.live = widgets.ToggleButton(description='Live', icon='eye')
+        self.live.observe(self._switch, 'value')
+        bar = widgets.HBox([self.words, self.state, self.live, self.again, self.message])
+        self.widget = widgets.VBox([bar, self.table, self.pages])
+        self.look()
+        self.tick([self._name(path) for path in list(self.seen)[:3]])
 
     def still(self) -> bytes:
         "The curves of the ticked runs."

@@ -23,14 +23,16 @@ from fdsl_nb.build.build import (
     leave_mpi,
     make_plan,
     open_executor,
+    parts_of_slice,
     pictures_of,
     print_progress,
     refuse_other_build,
     thumbnail,
 )
 from ..build.verify import verify
-from ..core.settings import machine_settings
-from ..core.folder import RunFolder, running, set_status
+from ..core.settings import build_workers
+from ..core.folder import RunFolder, atomic_write, set_status
+from ..core.processes import running
 from ..training.distributed import found_ranks
 from .runs import KNOBS, configuration, declared_values, locked_start, run_folder
 
@@ -71,6 +73,7 @@ class Asked:
     workers: int
     scheduler: str
     helper: bool = False  # one of several processes, and not the first
+    slice: str = ''  # K/N where other jobs build the other slices
 
 
 def start_build(namespace: dict) -> Asked:
@@ -89,9 +92,24 @@ def _planned_build(values, folder):
     helper = check_ranks(scheduler)
     if not helper:
         refuse_other_build(job)
-    if workers is None:
-        workers = machine_settings()['workers'].value
-    return Asked(job, folder, workers, scheduler, helper)
+    workers = build_workers(workers)
+    return Asked(job, folder, workers, scheduler, helper, _checked_slice(values, plan))
+
+
+def _checked_slice(values, plan):
+    "The slice, '' for all; `ValueError` if it is none, or cannot be written so."
+    slice = values.get('slice') or ''
+    parts_of_slice(plan, slice)  # raises what is wrong with it
+    if slice and values['scheduler'] == 'mpi':
+        raise ValueError(
+            f"slice={slice!r} with scheduler='mpi': both divide the build among processes; "
+            'leave one out'
+        )
+    if slice and not values['out']:
+        raise ValueError(
+            f'slice={slice!r} needs out, the folder that all slices build in, and each its own run'
+        )
+    return slice
 
 # %% ../../nbs/app/06_builds.ipynb #ec3dec08
 def _workers_line(asked):
@@ -177,6 +195,7 @@ def _build_watched(asked):
             workers=workers,
             executor=executor,
             progress=LiveSheet(job),
+            slice=asked.slice,
             **arrangement,
         )
 
@@ -193,6 +212,8 @@ def _help(asked):
 # %% ../../nbs/app/06_builds.ipynb #dba35170
 def verify_build(asked: Asked) -> str:
     "Reads the whole build again; `ValueError` names the first finding."
+    if not is_complete(asked.job):  # a slice, and not the last
+        return f'slice {asked.slice} is written; the one that comes last completes the build'
     out, plan = asked.job.out, asked.job.plan
     with open_executor(asked.scheduler, asked.workers) as executor:
         found = [] if asked.helper else verify(out, 0, executor)
@@ -209,11 +230,14 @@ def verify_build(asked: Asked) -> str:
 # %% ../../nbs/app/06_builds.ipynb #d9963b22
 def show_records(asked: Asked, rows: int = 2, columns: int = 8):
     "The first stored images, in their order on disk; kept as `samples.png` in the run's folder."
+    if not is_complete(asked.job):
+        return None
     data = BuiltDataset(asked.job.out)
     numbers = data.plan.images_at(range(min(rows * columns, len(data)))).tolist()
     images = [np.array(data[i][0]) for i in numbers]
     grid = [images[r : r + columns] for r in range(0, len(images), columns)]
     figure = show_grid(grid, scale=0.75)
     if not asked.helper:
-        figure.savefig(asked.folder.file('samples.png'), dpi=100)
+        with atomic_write(asked.folder.output('samples.png')) as f:
+            figure.savefig(f, format='png', dpi=100)
     return figure

@@ -6,10 +6,10 @@
 __all__ = ['TYPES', 'METADATA', 'Parameter', 'parse_parameters', 'kit_folder', 'notebook_folders', 'parameters_cell',
            'run_notebooks', 'find_notebook', 'read_parameters', 'run_metadata', 'is_executed', 'record_defaults',
            'default_parameters', 'edited_parameters', 'fits', 'parameter_limits', 'from_text', 'check_parameters',
-           'refuse_misspelt', 'options_of', 'known_datasets', 'check_values', 'folder_for']
+           'refuse_misspelt', 'options_of', 'known_datasets', 'check_values', 'folder_for', 'literal_path']
 
 # %% ../../nbs/app/00_parameters.ipynb #a1a5b8b0
-import ast, hashlib, json, re
+import ast, hashlib, json, os, re
 from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -205,6 +205,7 @@ _IMAGES = dict(classes=Limits(1, 2**32 - 1), instances=Limits(1, 2**32 - 1), siz
 _OWN = dict(
     budget=Limits(choices=BUDGETS),
     seeds=Limits(1, 1000),
+    jobs=Limits(1, 1024),
     published=Limits(0, 100),
     layout=Limits(choices=('plain', 'published', 'shards')),
     format=Limits(choices=('png', 'zstd')),
@@ -271,7 +272,8 @@ def check_parameters(
             raise TypeError(f'{said} is not a parameter' + _meant(name, value, declared))
         p = declared[name]
         checked[name] = from_text(p, value)
-        if not fits(p, checked[name]):
+        words = limits.get(name, Limits()).words
+        if checked[name] not in words and not fits(p, checked[name]):
             wanted = f'{p.type.__name__}, for example {_example(p)}; {p.help}'
             raise TypeError(f'{said} should be of type {wanted}')
         if checked[name] is not None:
@@ -363,7 +365,8 @@ def known_datasets() -> list:
 
 
 def _check_dataset(name, path, folder):
-    is_word = re.fullmatch(r'[\w-]+', str(name)) and not (Path(folder) / name).exists()
+    # os.path: a name that is too long for a file is none
+    is_word = re.fullmatch(r'[\w-]+', str(name)) and not os.path.exists(Path(folder) / name)
     if is_word and name not in known_datasets() and _imports_only_the_kit(path):
         near = did_you_mean(name, known_datasets())
         raise ValueError(f'dataset={name!r} is not known and is not a folder{near}')
@@ -406,6 +409,7 @@ _FREE = (
     'pause',
     'processes',
     'workers',
+    'cache_limit',
     'save_every',
     'checkpoint_hist',
     'interval_saved_epochs',
@@ -441,3 +445,10 @@ def folder_for(
     about = _what_runs(path, given)
     words = [path.stem, Path(str(about)).name, digest] if about else [path.stem, digest]
     return root / '-'.join(words)
+
+# %% ../../nbs/app/00_parameters.ipynb #f0cfb505
+def literal_path(
+    path,
+) -> str:
+    "The path as papermill has to be told it, so that braces stay what they are."
+    return str(path).replace('{', '{{').replace('}', '}}')

@@ -18,7 +18,7 @@ from ..data.augment import train_transform
 from ..training.distributed import found_ranks
 from .compare import published_of
 from ..training.evaluate import Evaluation, show_confusion, show_mistakes
-from ..core.folder import RunFolder, read_summary
+from ..core.folder import RunFolder, atomic_write, read_summary
 from ..training.plan import run_config
 from ..training.training import open_splits, run_training
 from ..training.validation import open_evaluation_data, read_predictions
@@ -29,7 +29,8 @@ def kept(figure, config: dict, name: str):
     folder, ranks = Path(config['folder'].value), found_ranks()
     if ranks and ranks['rank']:
         return figure
-    figure.savefig(RunFolder(folder).output(name), dpi=100)
+    with atomic_write(RunFolder(folder).output(name)) as f:
+        figure.savefig(f, format='png', dpi=100)
     return figure
 
 # %% ../../nbs/app/05_report.ipynb #82fda5a9
@@ -143,7 +144,7 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
             mean_top1=groups.top1.mean().round(2),
             deviation=groups.top1.std().round(2),
             minutes=(groups.seconds.mean() / 60).round(2),
-            right=groups.apply(_correct_of_images, include_groups=False),
+            correct=groups.apply(_correct_of_images, include_groups=False),
         )
     )
 
@@ -188,7 +189,7 @@ def show_starts(config: dict, runs: pd.DataFrame):
         right.set_axis_off()
     else:
         total_loss = first['loss'] * first['images']
-        evaluation = Evaluation(np.array(first['confusion']), first['within_five'], total_loss)
+        evaluation = Evaluation(np.array(first['confusion']), first['correct_top5'], total_loss)
         show_confusion(evaluation, first['classes'], right)
     return kept(figure, config, 'report.png')
 
@@ -196,7 +197,7 @@ def show_starts(config: dict, runs: pd.DataFrame):
 # result → its rule, and the count behind it
 RULES = dict(
     top1=('top-1, exact', 'correct'),
-    top5=('within five, exact', 'within_five'),
+    top5=('top-5, exact', 'correct_top5'),
     published_top1=('top-1, mean over batches, as published', None),
     real_top1=('top-1, ImageNet-ReaL', 'real_correct'),
 )

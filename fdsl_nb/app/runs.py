@@ -19,7 +19,7 @@ from ..data.datasets import WHERE, is_formula, open_split
 from ..training.plan import Recipe
 from ..training.recipes import BUDGETS, recipe, resolve
 from ..training.distributed import found_ranks
-from ..training.training import RUN, architecture_of
+from ..training.training import RUN, architecture_of, refuse_unjudged
 from ..training.validation import evaluation_config, open_evaluation_data
 from fdsl_nb.app.parameters import (
     check_parameters,
@@ -235,10 +235,15 @@ def locked_start(folder: RunFolder):
 def _open_data(notebook, values):
     "Opens what the run will read, so that missing data is noticed now."
     if notebook == 'evaluate':
-        open_evaluation_data(values)
-    else:
-        where = {k: values[k] for k in WHERE}
-        open_split(values['dataset'], **where, **values['knobs'])
+        return open_evaluation_data(values)
+    where = {k: values[k] for k in WHERE}
+
+    def opens(split):
+        return open_split(values['dataset'], split, **where, **values['knobs']) is not None
+
+    opens('train')
+    if notebook == 'finetune' and not values['valid_pct']:
+        refuse_unjudged(notebook, values['dataset'], filter(opens, ('val', 'test')))
 
 
 def start_run(

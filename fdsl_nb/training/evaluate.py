@@ -13,15 +13,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
+from ..core.settings import figure_text
 from .distributed import get_rank, total, get_world_size
 
 # %% ../../nbs/training/03_evaluate.ipynb #8b767edc
 @dataclass(frozen=True)
 class Evaluation:
-    "Counts over a whole split: confusion matrix, images right within five guesses, summed loss."
+    "Counts over a whole split: confusion matrix, images correct in the top 5, summed loss."
 
     confusion: np.ndarray | None  # int64 [classes, classes] (true, predicted), up to 2,000 classes
-    within_five: int
+    correct_top5: int
     loss_sum: float
     counted: tuple = ()  # (images, images right), where there is no matrix
 
@@ -39,7 +40,7 @@ class Evaluation:
 
     @property
     def top5(self) -> float:
-        return 100 * self.within_five / self.images
+        return 100 * self.correct_top5 / self.images
 
     @property
     def loss(self) -> float:
@@ -73,7 +74,7 @@ class Counter:
         self.classes = classes
         cells = classes**2 if classes <= MOST_CLASSES else 0
         self.confusion = torch.zeros(cells, dtype=torch.int64, device=device)
-        # images, right, right within five, loss
+        # images, correct, correct in the top 5, loss
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
 
     def add(
@@ -135,7 +136,7 @@ def show_confusion(
     ax.imshow(shares, cmap='Blues', vmin=0, vmax=1)
     if n <= 20:
         _write_counts(ax, e.confusion, shares)
-        labels = classes or range(n)
+        labels = [figure_text(c) for c in classes or range(n)]
         rotation = 90 if classes and max(map(len, classes)) > 2 else 0
         ax.set_xticks(range(n), labels, rotation=rotation, fontsize=7)
         ax.set_yticks(range(n), labels, fontsize=7)
@@ -160,14 +161,14 @@ class Predictions:
         return int(self.right.sum())
 
     @property
-    def within_five(self) -> int:
+    def correct_top5(self) -> int:
         return int((self.best == self.labels[:, None]).sum())
 
     def counts(self, classes: int) -> Evaluation:
         "The same as a table of counts."
         cells = np.bincount(self.labels * classes + self.best[:, 0], minlength=classes**2)
         return Evaluation(
-            cells.reshape(classes, classes), self.within_five, float(self.losses.sum())
+            cells.reshape(classes, classes), self.correct_top5, float(self.losses.sum())
         )
 
 # %% ../../nbs/training/03_evaluate.ipynb #21bcbdbc
@@ -255,7 +256,8 @@ def show_mistakes(
         ax.set_axis_off()
     for i, ax in zip(chosen, axes.flat):
         ax.imshow(images[int(i)][0], cmap='gray', vmin=0, vmax=255)
-        ax.set_title(f'{names[a.labels[i]][:10]} → {names[a.best[i, 0]][:10]}', fontsize=8)
+        title = f'{names[a.labels[i]][:10]} → {names[a.best[i, 0]][:10]}'
+        ax.set_title(figure_text(title), fontsize=8)
     if not len(chosen):
         figure.suptitle('no mistakes')
     return figure

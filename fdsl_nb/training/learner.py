@@ -65,9 +65,13 @@ class ResumableLearner(Learner):
         return super().remove_cb(cb)
 
     def _do_fit(self):
-        for epoch in range(self.first_epoch, self.n_epoch):
-            self.epoch = epoch
-            self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+        try:
+            for epoch in range(self.first_epoch, self.n_epoch):
+                self.epoch = epoch
+                self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+        finally:
+            # what works ahead ends here, however the training ends
+            getattr(self.dls.train, 'close', bool)()
 
     def _backward(self):
         self.scaler.scale(self.loss_grad * self.share).backward()
@@ -131,7 +135,7 @@ class LRScheduler(Callback):
 
     def before_epoch(self):
         learn, batches = self.learn, self.learn.dls.train.batch_sampler
-        batches.epoch = learn.epoch
+        batches.epoch, batches.epochs = learn.epoch, learn.n_epoch
         batches.first = learn.first_batch if learn.epoch == learn.first_epoch else 0
         if self.r.sched != 'plateau' or not batches.first:
             self.schedule.step(learn.epoch, learn.metric)

@@ -114,7 +114,7 @@ class _Hits:
         return self.hits(1)
 
     @property
-    def within_five(self) -> int:
+    def correct_top5(self) -> int:
         return self.hits(5)
 
     @property

@@ -10,6 +10,7 @@ __all__ = ['HEADS', 'RESIZE_MODES', 'LOSSES', 'RATES', 'PROGRAM_SCHEDULES', 'SCH
 # %% ../../nbs/training/00_plan.ipynb #d3aeacd0
 from dataclasses import dataclass, field, fields, replace
 from fdsl_nb.core.settings import (
+    CACHE_LIMIT,
     PRECISIONS,
     PROCESSES,
     WANDB_MODE,
@@ -252,8 +253,9 @@ class Run:
     resume: str = ''  # a checkpoint to go on from, with its epoch and optimizer
     no_resume_opt: bool = False  # without its optimizer
     restart: bool = False  # set the folder's run aside and start anew
-    workers: int = field(default=0, metadata=dict(limits=WORKERS))  # of each process, for images
+    workers: int = field(default='auto', metadata=dict(limits=WORKERS))  # of each process
     processes: int = field(default=1, metadata=dict(limits=PROCESSES))
+    cache_limit: int = field(default=1024, metadata=dict(limits=CACHE_LIMIT))  # MiB, of images
     stage: str = setting('pretrain', choices=('pretrain', 'finetune'))
     save_every: int = setting(0, 0)  # epochs from one checkpoint to the next; 0 for by the time
     checkpoint_hist: int = setting(0, 0)  # epochs of which a checkpoint is kept

@@ -7,7 +7,8 @@ __all__ = ['metric_of', 'save_state', 'same_file', 'list_checkpoints', 'trim', '
            'SaveImages', 'latest', 'restore', 'epochs_done', 'resume']
 
 # %% ../../nbs/training/07_saving.ipynb #e607af6b
-import math, os, re, shutil, time
+import math, os, re, secrets, shutil, time
+from copy import deepcopy
 from pathlib import Path
 import torch
 from fastai.callback.core import Callback, CancelFitException
@@ -21,7 +22,15 @@ from fdsl_nb.models.checkpoints import (
     save_checkpoint,
 )
 from .distributed import each, get_rank
-from ..core.folder import RunFolder, add_epoch, log_event, noted_files, read_summary
+from fdsl_nb.core.folder import (
+    RunFolder,
+    add_epoch,
+    atomic_write,
+    log_event,
+    named_errors,
+    noted_files,
+    read_summary,
+)
 from .learner import FDSLLearner
 from .plan import Recipe
 
@@ -74,13 +83,17 @@ def save_state(
 # %% ../../nbs/training/07_saving.ipynb #3cb733ff
 def same_file(path: Path, other: Path):
     "Makes `other` the same file as `path`, whole or not at all; a copy where links cannot be made."
-    new = other.with_name(f'.{other.name}.new')
-    new.unlink(missing_ok=True)
+    new = other.with_name(f'.{other.name}.{secrets.token_hex(4)}')
     try:
-        os.link(path, new)
-    except OSError:
-        shutil.copyfile(path, new)
-    os.replace(new, other)
+        with named_errors(other):
+            try:
+                os.link(path, new)
+            except OSError:
+                shutil.copyfile(path, new)
+            os.replace(new, other)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def list_checkpoints(
@@ -264,18 +277,21 @@ class SaveImages(Callback):
             return
         images = self.learn.xb[0].flatten(0, -4)[:64].float().cpu()
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.r.mean, self.r.std))
-        save_image((images * std + mean).clamp(0, 1), self.folder.output('inputs.png'))
+        with atomic_write(self.folder.output('inputs.png')) as f:
+            save_image((images * std + mean).clamp(0, 1), f, format='png')
 
 # %% ../../nbs/training/07_saving.ipynb #636b750f
-def latest(folder: RunFolder) -> Path | None:
+def latest(
+    folder: RunFolder,
+) -> tuple | None:  # (path, content)
     "The checkpoint to go on from: within an epoch, or after one."
     last = folder.file('last.pth.tar')
-    done = read_checkpoint(last)['epoch'] if last.exists() else -1
+    saved = read_checkpoint(last) if last.exists() else None
     within = list_checkpoints(folder, 'recovery')
     newest = max(within, default=(-1, 0))
-    if newest[0] > done:
-        return within[newest]
-    return last if last.exists() else None
+    if newest[0] > (saved['epoch'] if saved else -1):
+        return within[newest], read_checkpoint(within[newest])
+    return (last, saved) if saved else None
 
 # %% ../../nbs/training/07_saving.ipynb #8ef6068c
 def _own_sums(sums):
@@ -288,15 +304,15 @@ def _own_sums(sums):
 
 def restore(
     learn: FDSLLearner,
-    path: Path,  # a checkpoint of this run
+    saved: dict,  # the content of a checkpoint of this run
 ):
     "Puts everything back so that `fit` goes on from there; returns the last whole epoch's row."
-    saved = read_checkpoint(path)
     unwrap_model(learn.model).load_state_dict(saved['state_dict'])
     if learn.average:
         learn.average.module.load_state_dict(saved['state_dict_ema'])
     learn.create_opt()
-    learn.opt.opt.load_state_dict(saved['optimizer'])
+    # copied: an optimizer on the CPU keeps what it is given, and the file may be replaced
+    learn.opt.opt.load_state_dict(deepcopy(saved['optimizer']))
     learn.precision.scaler.load_state_dict(saved['amp_scaler'])
     state = saved['fdsl']
     learn.first_batch = state['batch']
@@ -337,7 +353,7 @@ def _put_optimizer(learn, saved):
         tensors = [v for v in entries.values() if torch.is_tensor(v) and v.dim()]
         if any(v.shape != weights[i].shape for v in tensors):
             raise CheckpointError("its optimizer's state is that of another network")
-    learn.opt.opt.load_state_dict(ours | dict(state=theirs['state']))
+    learn.opt.opt.load_state_dict(ours | dict(state=deepcopy(theirs['state'])))
 
 # %% ../../nbs/training/07_saving.ipynb #1ee5bbf5
 def _named_opt(saved):
@@ -354,7 +370,7 @@ def resume(
     "Goes on after the epochs of a named checkpoint; `CheckpointError` says what does not fit."
     saved, name = read_checkpoint(path), Path(path).name
     try:
-        _, weights = read_weights(path)
+        _, weights = read_weights(path, content=saved)
         unwrap_model(learn.model).load_state_dict(weights)
         if learn.average:
             averaged = clean_state_dict(saved.get('state_dict_ema') or weights)

@@ -37,10 +37,12 @@ from .plan import Evaluation, Recipe, run_config
 from ..core.settings import Resolved, check_settings, did_you_mean
 from fdsl_nb.training.training import (
     architecture_of,
+    beside_process_0,
     checkpoint_settings,
     open_splits,
     read_result,
     recorded,
+    use_cores,
 )
 
 # %% ../../nbs/training/09_validation.ipynb #4e6a1a25
@@ -200,8 +202,9 @@ def validate(
         split, data = open_evaluation_data(config)
         model, report = load_evaluated_model(config, 1000 if real else len(data.classes))
         transform = eval_transform(run_config(config))
+        workers, _ = use_cores(config['workers'], device)
         loader = eval_loader(
-            data, transform, config['batch_size'], get_rank(), get_world_size(), config['workers']
+            data, transform, config['batch_size'], get_rank(), get_world_size(), workers
         )
         context = _context(device, getattr(torch, config['precision']))
         examine = _many_labels if as_images(data).multilabel else _one_label
@@ -244,9 +247,9 @@ def counted(a: Predictions, config: dict) -> dict:
     n = len(a.labels)
     found = dict(
         correct=a.correct,
-        within_five=a.within_five,
+        correct_top5=a.correct_top5,
         top1=100 * a.correct / n,
-        top5=100 * a.within_five / n,
+        top5=100 * a.correct_top5 / n,
         loss=float(a.losses.mean()),
     )
     if config['metric'] == 'published':
@@ -291,9 +294,7 @@ def run_evaluation(
     values, ranks = {k: v.value for k, v in config.items()}, found_ranks()
     folder = RunFolder(values['folder'])
     if ranks and ranks['rank']:
-        if folder.state == 'done' and not values['restart']:
-            return read_result(folder)
-        return validate(values)
+        return beside_process_0(folder, values, validate)
     with locked(folder.path):
         own = read_config(folder).get('stage', 'evaluate') == 'evaluate'
         if values['restart'] and own:
