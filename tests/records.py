@@ -213,6 +213,7 @@ def rates(r, record):
         training=True,
         steps_done=0,
         epoch=0,
+        n_epoch=r.epochs,
         first_epoch=0,
         first_batch=0,
         metric=None,

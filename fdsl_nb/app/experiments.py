@@ -539,22 +539,20 @@ def run_steps(
     executor=None,  # of `concurrent.futures`; None for one step after the other, here
 ):
     "Runs what is not done; after the first failure nothing starts, and it is raised."
-    waiting = []
-    for step in e.steps:
-        if state_of(e, step) == 'done':
-            print(f'{step.name}: done before', flush=True)
-        else:
-            waiting.append(step)
-    if executor is None:
-        for number, step in enumerate(waiting, 1):
-            print(f'{number}/{len(waiting)} {step.name}', flush=True)
+    if executor is not None:
+        _run_beside(e, run, executor)
+        return
+    for number, step in enumerate(e.steps, 1):
+        done = state_of(e, step) == 'done'
+        note = ': done before' if done else ''
+        print(f'{number}/{len(e.steps)} {step.name}{note}', flush=True)
+        if not done:
             run_step(e, step, run)
-    else:
-        _run_beside(e, run, executor, waiting)
 
 
-def _run_beside(e, run, executor, waiting):
+def _run_beside(e, run, executor):
     "Each step starts as soon as those before it are done."
+    waiting = [s for s in e.steps if state_of(e, s) != 'done']
     started, failed = {}, None
     while started or (waiting and not failed):
         unfinished = [*waiting, *started.values()]

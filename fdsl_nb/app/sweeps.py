@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sweep_table', 'show_sweep']
 
-# %% ../../nbs/app/11_sweeps.ipynb #0ef3b280
+# %% ../../nbs/app/11_sweeps.ipynb #03c956c9
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from ..core.settings import Resolved
@@ -20,7 +20,7 @@ from fdsl_nb.app.experiments import (
 )
 from .report import kept
 
-# %% ../../nbs/app/11_sweeps.ipynb #e4eedde0
+# %% ../../nbs/app/11_sweeps.ipynb #f88cf3ed
 def _paired(runs):
     "Top-1 minus that of random weights with the same seed, where there is one."
     scratch = runs[runs.start == 'scratch'].set_index('seed').top1
@@ -39,7 +39,7 @@ def sweep_table(e: Experiment) -> pd.DataFrame:
             rows[-1]['published'] = published.get(start)
     return pd.DataFrame(rows).set_index('recipe')
 
-# %% ../../nbs/app/11_sweeps.ipynb #7b5c38ad
+# %% ../../nbs/app/11_sweeps.ipynb #7013db88
 def _axis_of(values):
     "Positions of the values: themselves if they are numbers, else 0, 1, 2, …"
     if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
@@ -76,8 +76,8 @@ def _draw_published(ax, table, name, published_for):
     right.plot(_axis_of(known[name].tolist()), known.published, 's:', color='k', mfc='none', lw=1)
     right.set_ylabel(f'paper, {published_for}, % (□)')
 
-# %% ../../nbs/app/11_sweeps.ipynb #214e8fc6
-def _images_at(variant, classes, side=112):
+# %% ../../nbs/app/11_sweeps.ipynb #9bc7b897
+def _images_at(variant, classes, side=64):
     "Images of the first classes of a variant's formula, one below the other, uint8."
     from PIL import Image
 
@@ -88,8 +88,10 @@ def _images_at(variant, classes, side=112):
 
 
 def _show_curve(e, name, table, runs):
+    import matplotlib.pyplot as plt
+
     found = variants(e.values)
-    figure = Figure(figsize=(max(6, 1.3 * len(found)), 5.6), layout='constrained')
+    figure = plt.figure(figsize=(max(6, 1.3 * len(found)), 5.6), layout='constrained')
     top, below = figure.subfigures(2, 1, height_ratios=(1.6, 1))
     ax = top.subplots()
     for n, (recipe, rows) in enumerate(table.groupby('recipe', sort=False)):
@@ -101,17 +103,18 @@ def _show_curve(e, name, table, runs):
     if 'published' in table:
         _draw_published(ax, table, name, e.values['published_for'] or 'as reported')
     for panel, v in zip(below.subplots(1, len(found), squeeze=False)[0], found):
-        panel.imshow(_images_at(v, 2), cmap='gray', vmin=0, vmax=255)
+        panel.imshow(_images_at(v, 2), 'gray', vmin=0, vmax=255, interpolation='nearest')
         panel.set_title(f'{name}={v.point[name]}', fontsize=9)
         panel.set_axis_off()
     return figure
 
-# %% ../../nbs/app/11_sweeps.ipynb #46dee328
+# %% ../../nbs/app/11_sweeps.ipynb #d443f588
 def _show_grid_of_means(e, names, table):
+    import matplotlib.pyplot as plt
+
     means = table.pivot_table(index=names[0], columns=names[1], values='top1', sort=False)
-    figure = Figure(figsize=(1.6 + 0.9 * means.shape[1], 1.2 + 0.6 * means.shape[0]))
-    figure.set_layout_engine('constrained')
-    ax = figure.subplots()
+    size = 1.6 + 0.9 * means.shape[1], 1.2 + 0.6 * means.shape[0]
+    figure, ax = plt.subplots(figsize=size, layout='constrained')
     shown = ax.imshow(means, cmap='cividis', aspect='auto')
     middle = (means.min().min() + means.max().max()) / 2
     for y, row in enumerate(means.values):

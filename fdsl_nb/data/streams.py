@@ -18,7 +18,14 @@ from ..core.settings import machine_settings
 from ..core.rng import AUGMENT, SHUFFLE, CounterRandom, seed_for
 from ..core.folder import atomic_write
 from .loading import EpochBatchSampler, EpochLoader, check_choice, permutation, seeded
-from .shards import PICTURES, StoredDataset, TarHeader, byte_limit, class_number, decode
+from fdsl_nb.data.shards import (
+    PICTURES,
+    StoredDataset,
+    _TarHeader,
+    byte_limit,
+    class_number,
+    decode,
+)
 from .shards import is_build, plan_of, shard_index
 
 # %% ../../nbs/data/05_streams.ipynb #6484f2fd
@@ -69,7 +76,7 @@ def _picture_of(record, url):
 def _files(url, stream):
     "The files of a tar in order, as webdataset groups them; `ValueError` if its end is missing."
     try:
-        with tarfile.open(fileobj=stream, mode='r|*', tarinfo=TarHeader) as tar:
+        with tarfile.open(fileobj=stream, mode='r|*', tarinfo=_TarHeader) as tar:
             for member in tar:
                 tar.members = []  # which would keep growing
                 if not member.isfile() or re.match('__[^/]*__(/|$)', member.name):
