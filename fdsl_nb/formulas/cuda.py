@@ -344,7 +344,8 @@ def compile_cuda(
     (status,) = nvrtc.nvrtcCompileProgram(program, len(words), words)
 
     def read(name):
-        buffer = b' ' * _value(getattr(nvrtc, f'nvrtcGet{name}Size')(program))
+        # NVRTC writes into it; a single byte is one object for all of Python, and has to stay
+        buffer = bytes(_value(getattr(nvrtc, f'nvrtcGet{name}Size')(program)))
         getattr(nvrtc, f'nvrtcGet{name}')(program, buffer)
         return buffer
 
