@@ -167,9 +167,8 @@ def test_a_rank_that_is_killed_ends_all(which, tmp_path):
     assert f'process {1 - which} of 2: ' in reason(tmp_path) and 'onnection' in reason(tmp_path)
 
 
-@pytest.mark.parametrize('victim', ('rank', pytest.param('worker', marks=pytest.mark.slow)))
-def test_a_killed_process_of_our_own_launching_ends_the_run(victim, tmp_path):
-    "The notebook's process starts the ranks and says how they ended; also for a loading worker."
+def two_processes(tmp_path):
+    "A program whose training has two ranks, some steps done; and all that it has started."
     words, environment = command(
         values(tmp_path, processes=2, **LONG), ('Slow', [str(tmp_path / 'steps')])
     )
@@ -177,6 +176,13 @@ def test_a_killed_process_of_our_own_launching_ends_the_run(victim, tmp_path):
         child = subprocess.Popen(words, env=environment, stdout=out, stderr=out)
     after_some_steps(tmp_path / 'steps')
     family = psutil.Process(child.pid).children(recursive=True)
+    return child, family
+
+
+@pytest.mark.parametrize('victim', ('rank', pytest.param('worker', marks=pytest.mark.slow)))
+def test_a_killed_process_of_our_own_launching_ends_the_run(victim, tmp_path):
+    "The notebook's process starts the ranks and says how they ended; also for a loading worker."
+    child, family = two_processes(tmp_path)
     workers = [p for p in family if 'fdsl_nb.training.worker' in p.cmdline()]
     ranks = [p for p in workers if p.ppid() != child.pid and p.children()]
     loads = [p for r in ranks for p in r.children()]
@@ -242,13 +248,7 @@ def test_sigterm_is_recorded_whoever_gets_it(processes, tmp_path):
 
 @pytest.mark.parametrize('victim', ('program', pytest.param('rank', marks=pytest.mark.slow)))
 def test_sigterm_to_a_program_with_its_own_processes(victim, tmp_path):
-    words, environment = command(
-        values(tmp_path, processes=2, **LONG), ('Slow', [str(tmp_path / 'steps')])
-    )
-    with open(tmp_path / 'printed', 'w') as out:
-        child = subprocess.Popen(words, env=environment, stdout=out, stderr=out)
-    after_some_steps(tmp_path / 'steps')
-    family = psutil.Process(child.pid).children(recursive=True)
+    child, family = two_processes(tmp_path)
     rank = next(p for p in family if p.ppid() != child.pid and p.children())
     os.kill(child.pid if victim == 'program' else rank.pid, signal.SIGTERM)
     child.wait(30)
