@@ -61,7 +61,7 @@ def test_scratch_is_shared_by_the_values_of_a_knob():
         (dict(vertices_max=[]), 'should be a list of values'),
         (dict(vertices_max=[50, 50]), 'a value twice'),
         (dict(vertices_max=[[1], [2]]), 'numbers or words'),
-        (dict(vertices_mx=[50]), 'vertices_mx'),
+        (dict(vertices_mx=[50]), "did you mean 'vertices_max'"),
         ({'evaluate.lr': [1.0]}, 'names no stage'),
         (dict(smoothing=[-1.0]), 'smoothing=-1.0 is outside'),
         (dict(vertices_max=[2]), 'vertices_max=2'),

@@ -98,8 +98,13 @@ def _with_value(values, r, name, value):
     "The parameters of `reproduce.ipynb` with one swept value; `TypeError` for an unknown name."
     stage, _, setting = name.rpartition('.')
     stage = stage or 'pretrain'
+    knobs = _knobs_of(r) if stage == 'pretrain' else set()
+    settings = {f.name for f in fields(Recipe)}
+    known = [*knobs, *read_parameters(stage), *settings]
+    if setting not in known:
+        raise TypeError(f'sweep: {name!r} is no knob or setting' + did_you_mean(setting, known))
     given, value = values[stage] or {}, {setting: value}
-    if stage == 'pretrain' and setting in _knobs_of(r):
+    if setting in knobs:
         value = dict(knobs=(given.get('knobs') or {}) | value)
     elif setting not in read_parameters(stage):
         value = dict(options=(given.get('options') or {}) | value)
