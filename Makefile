@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help env demo quick test campaign notebooks docs browser-test gpu-test style prepare clean
+.PHONY: help env demo quick test campaign notebooks docs browser-test gpu-test tables style prepare clean
 
 help:           ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -15,7 +15,7 @@ env: $(STAMP)   ## install the package and its tools, at the versions of constra
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
+	$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
 demo: env       ## minutes on a CPU: pre-train on RCDB drawn online, fine-tune on digits, three seeds
@@ -52,6 +52,18 @@ browser-test: env ## JupyterLab and the documentation in a real browser, without
 gpu-test: env   ## what a GPU has to prove: pixels, speed; a line a stage (without a GPU: python benchmarks/gpu.py --device cpu)
 	$(BIN)/python benchmarks/gpu.py --json runs/gpu.json
 
+tables: env     ## search anew the categories that ship as a table: 40 minutes of one core; goes on where it stopped
+	$(BIN)/python benchmarks/searched.py
+
+# Large ones, numba's llvmlite among them, are left to that machine.
+GPU_PYTHON ?= $(shell $(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+GPU_WHEELS := timm joblib psutil filelock huggingface-hub safetensors pyyaml tqdm packaging cuda-bindings cuda-pathfinder
+
+gpu-wheels: env ## into gpu-wheels/: what gpu-test needs beside torch, torchvision and numba on a machine without network; GPU_PYTHON=3.12 for another Python
+	rm -rf gpu-wheels
+	$(BIN)/python -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) -c constraints.txt -d gpu-wheels $(GPU_WHEELS)
+	@du -sh gpu-wheels
+
 style: env      ## how the notebooks are written, in numbers: cells, widths, prose; fails nothing
 	$(BIN)/python tests/style.py
 
@@ -61,5 +73,5 @@ prepare: env    ## before a commit: clean the notebooks, then write the modules 
 	$(BIN)/nbdev-export
 
 clean:          ## remove caches and build output; keeps runs/, data/ and the environment
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache docs/_build tests/browser/node_modules tests/browser/shots
+	rm -rf build dist gpu-wheels *.egg-info .pytest_cache .ruff_cache docs/_build tests/browser/node_modules tests/browser/shots
 	find $(wildcard fdsl_nb tests benchmarks docs nbs) -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

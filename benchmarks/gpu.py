@@ -11,7 +11,7 @@ threads of the CPU, and the loops of the rates at a tiny size, which have no lim
 import argparse, contextlib, json, os, platform, subprocess, sys, time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import count, islice
+from itertools import count, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -21,9 +21,12 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy, interpolate
 from fdsl_nb.data.augment import train_transform
 from fdsl_nb.data.cuda_augment import SOURCE as AUGMENT_CU
-from fdsl_nb.data.cuda_augment import pack_views
+from fdsl_nb.data.cuda_augment import Kernels, device_kernels, device_loader, pack_views
+from fdsl_nb.data.datasets import open_dataset
+from fdsl_nb.data.loading import AugmentedDataset, EpochBatchSampler
 from fdsl_nb.formulas import cuda
 from fdsl_nb.formulas.formula import PUBLISHED, formula
+from fdsl_nb.training.optimise import make_optimizer
 from fdsl_nb.training.recipes import recipe
 
 ARCHITECTURES = 'sm_80', 'sm_90', 'sm_100'
@@ -102,15 +105,19 @@ def cached(device):
 # What is drawn
 
 
+def emulate(source):
+    try:
+        return cuda.EmulatedKernels(source)
+    except FileNotFoundError as e:
+        raise Skipped(str(e)) from None
+
+
 def kernels(device, source=cuda.SOURCES / 'draw.cu'):
     "Draws a launch, to images as NumPy has them."
     if device == 'cuda':
         gpu = cuda.DeviceKernels(source=source)
         return lambda launch: gpu.draw(launch)[0].cpu().numpy()
-    try:
-        emulated = cuda.EmulatedKernels(source)
-    except FileNotFoundError as e:
-        raise Skipped(str(e)) from None
+    emulated = emulate(source)
     return lambda launch: emulated.draw(launch, threads=4)[0]
 
 
@@ -161,6 +168,55 @@ def side_stream(device):
     expected = np.stack([f.render(*a) for a in addresses])
     equal = np.array_equal(copied.cpu().numpy(), expected)
     return Result(equal, 'equal' if equal else 'differs', 'equal')
+
+
+def loader(device):
+    "A run's batches made by kernels, threads ahead of it, against those of the CPU."
+    if device == 'cuda':
+        place = torch.device('cuda', torch.cuda.current_device())
+        made, n = device_kernels(place), 128
+    else:
+        place, n = torch.device(device), 8
+        made = Kernels(*map(emulate, (cuda.SOURCES / 'draw.cu', AUGMENT_CU)))
+    images = open_dataset('visualatom', classes=4, instances=64, size=128)
+    transform = train_transform(recipe(dataset='visualatom'))
+    batches = EpochBatchSampler(len(images), n, repeats=2, epochs=1)
+    dataset = AugmentedDataset(images, transform, repeats=2)
+    equal = total = 0
+    found = device_loader(images, transform, batches, made, place, workers=2)
+    for (views, labels), samples in islice(zip(found, batches), 2):
+        expected, classes = zip(*[dataset[sample] for sample in samples])
+        same = [torch.equal(x.cpu(), y) for x, y in zip(views, expected)]
+        equal += sum(same) if labels.tolist() == [*classes] else 0
+        total += len(same)
+    found.close()
+    return Result(equal == total, f'{equal} of {total} views equal', 'all')
+
+
+def scaled(device):
+    "A float16 step with infinite gradients is left out, and nothing waits for the device."
+    model = torch.nn.Linear(8, 8).to(device)
+    optimizer = make_optimizer(model, recipe(dataset='visualatom'))
+    scaler, norms = torch.amp.GradScaler(device), []
+    x = torch.ones(4, 8, device=device)
+    for n in range(3):
+        with torch.autocast(device, torch.float16):
+            loss = model(x).float().square().mean()
+        scaler.scale(loss).backward()
+        if n == 1:
+            model.weight.grad.fill_(float('inf'))
+        if device == 'cuda' and n:  # the first step makes the state
+            torch.cuda.set_sync_debug_mode('error')
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        norms.append(model.weight.detach().norm())
+        if device == 'cuda':
+            torch.cuda.set_sync_debug_mode('default')
+    fused = bool(optimizer.param_groups[0].get('fused'))
+    moved = [bool(a != b) for a, b in pairwise(norms)]
+    passed = moved == [False, True] and scaler.get_scale() == 2**15 and fused == (device == 'cuda')
+    return Result(passed, f'moved {moved}, scale {scaler.get_scale():g}, fused {fused}', 'left out')
 
 
 # How fast
@@ -295,6 +351,8 @@ STAGES = {
     'augmented': Stage(augmented, 240),
     'repeated': Stage(repeated, 90),
     'stream': Stage(side_stream, 60, only_cuda=True),
+    'loader': Stage(loader, 240),
+    'scaler': Stage(scaled, 60),
     'group': Stage(group, 60),
     'draw rate': Stage(draw_rate, 90),
     'ViT-Ti': Stage(step_rate('vit_tiny_patch16_224', 20_000), 120),

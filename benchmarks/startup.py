@@ -4,6 +4,8 @@
 its first batch of 64, and the memory that this takes on top of what the imported package takes.
 FOLDER is a checkout of another version, measured in the same run (`git worktree add FOLDER …`).
 
+Before that: a worker of a build, from the import to its first shard (`--worker`: nothing else).
+
 What stands in for what: the indexes are whole, 21 million records; the shards are sparse files of
 the size of their ten thousand records with one picture in each, to which all places of its index
 point. No shard can be scanned here, so each rank finds the scans of all shards done, and what is
@@ -75,6 +77,29 @@ print(time.perf_counter() - begun, len(rows))
 """
 
 
+WORKER = """
+import pickle, sys, time
+begun = time.time()
+function, arguments = pickle.load(open(sys.argv[1], 'rb'))
+read = time.time()
+function(*arguments)
+with open('/proc/self/status') as f:
+    memory = {line.split(':')[0]: int(line.split()[1]) / 1e3 for line in f if line.startswith('Vm')}
+print(read - begun, time.time() - begun, memory['VmRSS'], memory['VmHWM'])
+"""
+
+TASK = """
+import pickle, sys
+from fdsl_nb.build.build import build, write_parts_of
+from fdsl_nb.build.source import as_source
+from fdsl_nb.formulas.formula import formula
+source = as_source(formula('rcdb', classes=2, instances=4, size=64))
+build(source, sys.argv[1], layout='shards', shard_images=4, workers=0)
+with open(sys.argv[2], 'wb') as f:
+    pickle.dump((write_parts_of, (source, sys.argv[1], [0])), f)
+"""
+
+
 def run(code, checkout, root, *arguments):
     "Starts a process of that version of the package."
     environment = dict(
@@ -108,7 +133,7 @@ def sparse_shard(path, records, picture):
 
 def make_build(folder, shards, records):
     "A finished build of shards of stub pictures, with its manifest and all of its index."
-    from fdsl_nb.data.shards import metadata_folder
+    from fdsl_nb.formulas.layout import metadata_folder
     from fdsl_nb.build.build import Job, _write_lines, describe, make_plan
     from fdsl_nb.build.source import as_source
     from fdsl_nb.formulas.formula import formula
@@ -159,6 +184,19 @@ def start(checkout, root, kind, place):
     return {name: max(s[name] for s in said) for name in said[0]}
 
 
+def show_worker(version, checkout, root):
+    "What a worker of a build costs until it has written its first shard; the best of five."
+    task = root / f'{version}.task'
+    run(TASK, checkout, root, root / f'drawn-{version}', task).communicate()
+    tries = [run(WORKER, checkout, root, task).communicate()[0].split() for _ in range(5)]
+    imports, seconds, kept, peak = (min(map(float, column)) for column in zip(*tries))
+    print(
+        f'{version:>8}  a worker of a build: first shard after {seconds:.2f} s '
+        f'(imports {imports:.2f}), {kept:.0f} MB kept, {peak:.0f} MB at most',
+        flush=True,
+    )
+
+
 def show(version, case, said):
     print(
         f'{version:>8}  {case:<34} {said["images"]:>11,} images  {said["seconds"]:6.1f} s '
@@ -173,13 +211,17 @@ def main():
     parser.add_argument('--baseline', help='another checkout of the package')
     parser.add_argument('--shards', type=int, default=2100)
     parser.add_argument('--records', type=int, default=10_000, help='of a shard')
+    parser.add_argument('--worker', action='store_true', help='only a worker of a build')
     parser.add_argument('--folder', help='for 1.5 GB of indexes; a temporary one')
     given = parser.parse_args()
     versions = {'now': Path(__file__).resolve().parents[1]}
     if given.baseline:
         versions['before'] = Path(given.baseline).resolve()
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        measure(versions, Path(folder), given.shards, given.records)
+        for version, checkout in versions.items():
+            show_worker(version, checkout, Path(folder))
+        if not given.worker:
+            measure(versions, Path(folder), given.shards, given.records)
 
 
 def measure(versions, root, shards, records):

@@ -2,7 +2,7 @@
 
 Modules:
 
-- `fdsl_nb.data.cuda_augment`: Augmentation of a batch of grey images as a CUDA kernel.
+- `fdsl_nb.data.cuda_augment`: Grey images augmented, and batches made, by CUDA kernels.
 - `fdsl_nb.data.fast_augment`: timm's training transform for grey images, compiled, to the bit."""
 
 import hashlib
@@ -52,6 +52,7 @@ _PLACES = {
     'training.recipes': ('recipe', 'recipes'),
     'training.learner': ('fdsl_learner',),
     'training.training': ('train',),
+    'training.interactive': ('fdsl_dls',),
     'app.explore': ('explore',),
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}

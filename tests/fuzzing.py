@@ -44,7 +44,8 @@ from fdsl_nb.build.verify import verify
 from fdsl_nb.core.settings import machine_settings
 from fdsl_nb.data.coyo import open_coyo
 from fdsl_nb.data.datasets import open_dataset
-from fdsl_nb.data.shards import BuiltDataset, decode, encode, metadata_folder
+from fdsl_nb.formulas.layout import encode, metadata_folder
+from fdsl_nb.data.shards import BuiltDataset, decode
 from fdsl_nb.data.streams import records
 from fdsl_nb.formulas.categories import load_categories
 from fdsl_nb.formulas.formula import formula

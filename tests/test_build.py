@@ -29,8 +29,10 @@ from fdsl_nb.formulas.ifs3d import ExFractalDB, MVFractalDB, OFDB3D
 from fdsl_nb.build.source import parameter_table
 from fdsl_nb.build.parquet import export_parquet, features, part_file
 from fdsl_nb.app.runs import configuration
+from fdsl_nb.core.rng import Shuffle
 from fdsl_nb.core.settings import Resolved
-from fdsl_nb.data.shards import BuiltDataset, Plan, Shuffle, decode, encode, metadata_folder
+from fdsl_nb.formulas.layout import Plan, encode, metadata_folder
+from fdsl_nb.data.shards import BuiltDataset, decode
 from fdsl_nb.data.streams import ShardStream, share, spans, stream_loader
 from fdsl_nb.training.training import run_training
 from fdsl_nb.build.verify import repair, verify
@@ -671,9 +673,9 @@ def test_jobs_of_an_array_build_slices(tmp_path, monkeypatch):
     form |= dict(scheduler=None, layout='plain', format='png', out=str(tmp_path / 'out'))
     said = []
     for k in (2, 1):
-        asked = start_build(form | dict(slice=f'{k}/2', run=str(tmp_path / f'run{k}')))
-        run_build(asked)
-        said.append(verify_build(asked))
+        request = start_build(form | dict(slice=f'{k}/2', run=str(tmp_path / f'run{k}')))
+        run_build(request)
+        said.append(verify_build(request))
     assert said[0].startswith('slice 2/2 is written') and said[1].startswith('80 images')
     for wrong, match in (
         (dict(slice='3/2'), 'for example 3/16'),

@@ -124,8 +124,8 @@ def test_what_is_not_understood_ends_with_2(words, expected, tmp_path):
             "epochs='ten' should be of type int, for example 10; passes through the data",
         ),
         (
-            ['run', 'pretrain', '-p', 'restart', 'perhaps'],
-            "restart='perhaps' should be of type bool",
+            ['run', 'pretrain', '-p', 'overwrite', 'perhaps'],
+            "overwrite='perhaps' should be of type bool",
         ),
         (['run', 'pretrain', '-p', 'dataset', 'rcbd'], "dataset='rcbd' is not known"),
         (['run', 'pretrain', '-p', 'budget', 'papr'], "did you mean 'paper'?"),
@@ -165,7 +165,7 @@ def test_a_slip_in_the_name_of_a_notebook_needs_no_papermill():
 # papermill itself, with a notebook that takes no time
 FORM = '''\
 dataset: str = 'rcdb'  # a formula
-restart: bool = False  # anew
+overwrite: bool = False  # anew
 names: list = ['a']  # several
 run: str = None  # its folder
 '''
@@ -186,7 +186,7 @@ def checkout(tmp_path):
     cells = [
         dict(cell_type='markdown', id='title', metadata={}, source='# A small one'),
         cell(FORM, 'parameters'),
-        cell('print(repr((dataset, restart, names)))'),
+        cell('print(repr((dataset, overwrite, names)))'),
     ]
     kernel = dict(kernelspec=dict(display_name='python3', language='python', name='python3'))
     (tmp_path / 'nbs').mkdir()
@@ -201,9 +201,9 @@ def test_a_notebook_of_ones_own_is_described_checked_and_run(checkout):
     where = dict(folder=checkout, FDSL_OUTPUT_ROOT=str(checkout / 'runs'))
     code, said, _, loaded = typed('run', 'small', '--help', **where)
     assert code == 0 and loaded == [] and 'A small one.' in said and 'names: list' in said
-    assert 'should be of type bool' in typed('run', 'small', '-p', 'restart', '3', **where)[2]
+    assert 'should be of type bool' in typed('run', 'small', '-p', 'overwrite', '3', **where)[2]
     code, said, wrong, _ = typed(
-        'run', 'small', '-p', 'restart', 'true', '-p', 'names', 'a,b', **where
+        'run', 'small', '-p', 'overwrite', 'true', '-p', 'names', 'a,b', **where
     )
     assert code == 0, wrong
     (folder,) = (checkout / 'runs').iterdir()
@@ -317,7 +317,7 @@ def test_the_explorer_is_a_copy_and_stays_as_it_was_edited(tmp_path, monkeypatch
         ('fdsl run pretrain -p data', ['dataset', 'data_dir']),
         ('fdsl run pretrain -p dataset visual', ['visualatom']),
         ('fdsl run pretrain -p budget ', ['demo', 'paper']),
-        ('fdsl run pretrain -p restart T', ['True']),
+        ('fdsl run pretrain -p overwrite T', ['True']),
         ('fdsl recipes rcdb1k_deit_t', ['rcdb1k_deit_tiny']),
         ('fdsl run nothing -p ', []),
     ),

@@ -254,6 +254,9 @@ class CpuDriver:
     def __init__(self, emulated):
         self.library, self.starts = emulated.library, []
 
+    def cuCtxSetCurrent(self, context):
+        return (0,)
+
     def cuModuleGetFunction(self, module, name):
         return 0, name.decode()
 
@@ -271,7 +274,7 @@ def cpu_device(emulated, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'current_stream', lambda: stream)
     kernels = cuda.DeviceKernels.__new__(cuda.DeviceKernels)
     kernels.device, kernels.processors = torch.device('cpu'), 1
-    kernels._driver, kernels._module = CpuDriver(emulated), None
+    kernels._driver, kernels._module, kernels._context = CpuDriver(emulated), None, None
     return kernels
 
 

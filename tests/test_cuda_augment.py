@@ -10,12 +10,16 @@ import torch
 from cuda_races import barriers, races, without_barrier
 from test_cuda import cpu_device
 from test_fast_augment import SETTINGS, drawn, pictures
+from training_helpers import DRAWN, trained
 
 from fdsl_nb.data import cuda_augment
 from fdsl_nb.data.augment import train_transform
 from fdsl_nb.data.augmentation import Augmentation
 from fdsl_nb.formulas import cuda
+from fdsl_nb.data.datasets import open_dataset
+from fdsl_nb.data.loading import AugmentedDataset, EpochBatchSampler
 from fdsl_nb.formulas.formula import PUBLISHED
+from fdsl_nb.training import training
 from fdsl_nb.training.recipes import recipe
 
 AUGMENT_CU = cuda_augment.SOURCE.read_text()
@@ -121,6 +125,125 @@ def test_it_compiles_without_a_gpu_and_fuses_nothing(arch):
     assert 'fma' not in compiled.ptx
     used = cuda.resources(compiled.log)['augment']
     assert used.registers <= 128 and used.spilled == 0 and used.shared <= 48 * 1024
+
+
+# Whole batches, drawn and augmented by kernels
+
+
+@pytest.fixture(scope='module')
+def kernels(emulated):
+    return cuda_augment.Kernels(cuda.EmulatedKernels(), emulated)
+
+
+@pytest.fixture
+def as_on_a_gpu(kernels, monkeypatch):
+    "Kernels of this CPU where those of a GPU are asked for."
+    monkeypatch.setattr(cuda_augment, 'why_not_cuda', lambda formula, addresses: '')
+    monkeypatch.setattr(training, 'device_kernels', lambda device: kernels)
+
+
+CHANCES = dict(
+    aa='rand-m9-mstd0.5-inc1',
+    reprob=0.5,
+    hflip=0.5,
+    scale=(0.3, 1.0),
+    mixup=0.8,
+    smoothing=0.1,
+    drop_path=0.1,
+    aug_repeats=3,
+    valid_pct=0.25,
+    eval_metric='top1',
+    batch_size=8,
+)
+
+
+def losses_and_weights(folder, **given):
+    learn, watch, _ = trained(folder, **CHANCES | given)
+    return watch.losses, [p.detach().clone() for p in learn.model.parameters()]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize('prefetcher', (True, False))
+def test_two_epochs_are_those_of_the_cpu(prefetcher, tmp_path, as_on_a_gpu, capsys):
+    given = dict(prefetcher=prefetcher)
+    losses, weights = losses_and_weights(tmp_path / 'cpu', **given)
+    assert 'drawn' not in capsys.readouterr().out
+    found, ours = losses_and_weights(tmp_path / 'cuda', **given, draw_on='cuda', workers=2)
+    assert 'images are drawn and augmented on the GPU' in capsys.readouterr().out
+    assert found == losses and len(losses) == 2 * 24 // 8
+    assert all(torch.equal(a, b) for a, b in zip(ours, weights, strict=True))
+
+
+@pytest.mark.process
+def test_a_run_goes_on_where_images_are_drawn_elsewhere(tmp_path, as_on_a_gpu):
+    losses, weights = losses_and_weights(tmp_path / 'whole')
+    first, _ = losses_and_weights(tmp_path / 'moved', pause=1)
+    then, ours = losses_and_weights(tmp_path / 'moved', draw_on='cuda')
+    assert first + then == losses
+    assert all(torch.equal(a, b) for a, b in zip(ours, weights, strict=True))
+
+
+@pytest.mark.process
+def test_an_image_that_a_kernel_cannot_draw_is_drawn_by_the_cpu(kernels):
+    class Failing:
+        def draw(self, launch):
+            images, drawn = kernels.draw.draw(launch)
+            images[1], drawn[1] = 0, False
+            return images, drawn
+
+    images = open_dataset('visualatom', **DRAWN)
+    transform = train_transform(SETTINGS['ofdb'])
+    batches = EpochBatchSampler(32, 8, repeats=2, epochs=1)
+    failing = cuda_augment.Kernels(Failing(), kernels.augment)
+    loader = cuda_augment.device_loader(images, transform, batches, failing, torch.device('cpu'))
+    dataset = AugmentedDataset(images, transform, repeats=2)
+    for (views, labels), samples in zip(loader, batches, strict=True):
+        expected, classes = zip(*[dataset[sample] for sample in samples])
+        assert torch.equal(views, torch.stack(expected)) and labels.tolist() == [*classes]
+
+
+CUDA = torch.device('cuda', 0)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    'images, said',
+    (
+        (lambda: open_dataset('digits'), 'the images are read, not drawn'),
+        (lambda: open_dataset('fractaldb', classes=2, draw_type='patch_color'), 'in colour'),
+        (lambda: open_dataset('visualatom', **DRAWN), ''),
+    ),
+    ids=('read', 'colour', 'grey'),
+)
+def test_where_images_are_drawn(images, said, as_on_a_gpu):
+    transform, data = train_transform(SETTINGS['ofdb']), images()
+    cpu = torch.device('cpu')
+    assert cuda_augment.choose_feed('cpu', CUDA, data, transform) == ('cpu', '')
+    assert cuda_augment.choose_feed('auto', cpu, data, transform) == ('cpu', '')
+    where, line = cuda_augment.choose_feed('auto', CUDA, data, transform)
+    assert where == ('cpu' if said else 'cuda')
+    if said:
+        assert (said in line) == ('read' not in said)
+        with pytest.raises(ValueError, match=f"draw_on='cuda': .*{said}.*; or give draw_on='auto'"):
+            cuda_augment.choose_feed('cuda', CUDA, data, transform)
+
+
+def test_without_a_gpu_cuda_is_refused_with_its_remedy(tmp_path):
+    with pytest.raises(ValueError, match="draw_on='cuda': .*(install torch|nvidia-smi)"):
+        trained(tmp_path, draw_on='cuda')
+
+
+def test_plans_of_many_images_are_those_of_each():
+    for name, chances in dict(both=(0.5, 0.3), none=(0.0, 0.0), second=(0.0, 1.0)).items():
+        a = Augmentation(img_size=32, hflip=chances[0], vflip=chances[1], reprob=0.6, recount=3)
+        transform, seeds = train_transform(replace(a, prefetcher=False)), [0, 1, 2**32 + 5, 2**62]
+        plans = cuda_augment._drawn_plans(transform, seeds, 40, 60)
+        for i, seed in enumerate(seeds):
+            plan = transform.draw_from(seed, 40, 60)
+            assert plans.crop[i].tolist() == plan.crop.tolist()
+            assert [*plans.flips[i]] == [*plan.flips, False, False][:2], name
+            assert np.array_equal(plans.operations[i], plan.operations)
+            assert plans.erased[i] == len(plan.erased)
 
 
 # Threads that run ahead: every operation once, and two images after one another

@@ -6,10 +6,14 @@ an experiment that would fail hours later.
 
 import argparse
 import io
+import os
 import random
 import re
 import tarfile
+import threading
 import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +26,8 @@ from fdsl_nb.app.parameters import read_parameters
 from fdsl_nb.app.runs import start_run
 from fdsl_nb.core.folder import RunFolder
 from fdsl_nb.data.datasets import open_dataset, open_split
-from fdsl_nb.data.shards import ArchiveDataset, class_number, decode, encode
+from fdsl_nb.formulas.layout import encode
+from fdsl_nb.data.shards import ArchiveDataset, class_number, decode
 from fdsl_nb.data.streams import StreamedShards, records
 from fdsl_nb.models.checkpoints import (
     CheckpointError,
@@ -253,6 +258,27 @@ def test_a_cut_shard_is_noticed_by_a_stream_and_not_remembered(cut, tmp_path, mo
     path.write_bytes(whole)
     images = StreamedShards([f'pipe:cat {path}'])
     assert [images.label(i) for i in range(len(images))] == [0, 1, 0, 1]
+
+
+def test_a_shard_that_a_server_changed_is_read_again(tmp_path, own_data_root):
+    "And one that it did not change is not."
+    asked = []
+
+    class Answers(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            asked.append(self.command)
+
+    shard(tmp_path / 'a.tar', 4)
+    with ThreadingHTTPServer(('127.0.0.1', 0), partial(Answers, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f'http://127.0.0.1:{server.server_port}/a.tar'
+        assert len(StreamedShards([url])) == len(StreamedShards([url])) == 4
+        assert asked == ['HEAD', 'GET', 'HEAD']
+        shard(tmp_path / 'a.tar', 6)
+        os.utime(tmp_path / 'a.tar', (0, 0))  # the server tells whole seconds
+        images = StreamedShards([url])
+        assert [images.label(i) for i in range(len(images))] == [0, 1, 0, 1, 0, 1]
+        server.shutdown()
 
 
 def test_a_damaged_header_is_not_the_end_of_a_stream(tmp_path):

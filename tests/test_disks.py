@@ -17,6 +17,7 @@ from training_helpers import resolved, values, watching
 
 from fastai.callback.core import Callback
 
+from fdsl_nb.build.build import build
 from fdsl_nb.core import folder as records
 from fdsl_nb.core.folder import (
     RunFolder,
@@ -30,6 +31,7 @@ from fdsl_nb.core.folder import (
     read_summary,
     remove_leftovers,
 )
+from fdsl_nb.formulas.contours import VisualAtom
 from fdsl_nb.models.checkpoints import read_checkpoint
 from fdsl_nb.training.saving import same_file
 from fdsl_nb.training.training import run_training
@@ -278,7 +280,7 @@ def test_a_run_on_a_full_disk_goes_on_when_there_is_room(tmp_path, monkeypatch, 
 
 def test_a_run_whose_folder_is_moved_ends_and_goes_on(tmp_path, whole):
     run, away = tmp_path / 'run', tmp_path / 'away'
-    with pytest.raises(FileNotFoundError, match='put it back'):
+    with pytest.raises(OSError, match='put it back'):
         go(run, At(6, lambda: run.rename(away)))
     assert not run.exists()
     away.rename(run)
@@ -309,11 +311,24 @@ def fill(disk, but):
     (disk / 'filler').write_bytes(bytes(max(free - but, 0)))
 
 
+@contextmanager
+def only_read(disk):
+    "In the block the disk can only be read."
+    subprocess.run(['mount', '-o', 'remount,ro', disk], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(['mount', '-o', 'remount,rw', disk], check=True)
+
+
+process = [pytest.mark.process]
 slow = [pytest.mark.slow, pytest.mark.process]
+ROOMS = (0, 4096, 8192, 24_576, 40_000, 61_440, 90_000, 233_472, 300_000)
 
 
 @pytest.mark.parametrize(
-    'room', [pytest.param(n, marks=slow) for n in (0, 8192, 40_000, 90_000, 300_000)]
+    'room',
+    [pytest.param(140_000, marks=process), *(pytest.param(n, marks=slow) for n in ROOMS)],
 )
 def test_training_on_a_full_disk(disk, whole, room):
     run = disk / 'run'
@@ -326,3 +341,83 @@ def test_training_on_a_full_disk(disk, whole, room):
     (disk / 'filler').unlink()
     go(run)
     assert_same_end(run, whole)
+
+
+@pytest.mark.process
+def test_training_on_a_disk_that_can_only_be_read(disk, whole):
+    with pytest.raises(ArithmeticError):
+        go(disk / 'run', At(6, lambda: 1 // 0))
+    before = contents(disk)
+    with only_read(disk), pytest.raises(OSError, match='the disk can only be read') as said:
+        go(disk / 'run')
+    assert str(disk / 'run') in str(said.value) and contents(disk) == before
+    go(disk / 'run')
+    assert_same_end(disk / 'run', whole)
+
+
+def contents(folder):
+    return {n: (folder / n).read_bytes() for n in names(folder)}
+
+
+def make(at, layout, progress=lambda *_, **__: None):
+    more = dict(shard_images=8) if layout == 'shards' else {}
+    return build(
+        VisualAtom(classes=4, instances=16, size=64),
+        at / 'out',
+        workers=0,
+        layout=layout,
+        progress=progress,
+        **more,
+    )
+
+
+@pytest.fixture(scope='module')
+def builds(tmp_path_factory):
+    "By layout: the files of a build without disturbance."
+    found = {}
+    for layout in ('shards', 'plain'):
+        at = tmp_path_factory.mktemp(layout)
+        make(at, layout)
+        found[layout] = contents(at)
+    return found
+
+
+FULL = [pytest.param('shards', 4096, marks=process)] + [
+    pytest.param(layout, room, marks=slow)
+    for layout in ('shards', 'plain')
+    for room in (0, 8192, 12_288, 150_000, 172_032, 250_000)
+]
+
+
+@pytest.mark.parametrize('layout, room', FULL)
+def test_a_build_on_a_full_disk(disk, builds, layout, room):
+    fill(disk, room)
+    with pytest.raises(OSError, match='the disk is full: make room') as said:
+        make(disk, layout)
+    assert str(disk) in str(said.value) and not list(disk.rglob('.*.????????'))
+    (disk / 'filler').unlink()
+    make(disk, layout)
+    assert contents(disk) == builds[layout]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize('layout', ('shards', 'plain'))
+def test_a_build_on_a_disk_that_can_only_be_read(disk, builds, layout):
+    "The one that stopped half-way is as it was, and a complete one is answered all the same."
+    with only_read(disk), pytest.raises(OSError, match=f'can only be read.*{disk}'):
+        make(disk, layout)
+    assert not names(disk)
+
+    def stop(done, total, drawn, seconds, part=None):
+        assert not drawn, 'stopped'
+
+    with pytest.raises(AssertionError, match='stopped'):
+        make(disk, layout, stop)
+    before = contents(disk)
+    with only_read(disk), pytest.raises(OSError, match=f'can only be read.*{disk}'):
+        make(disk, layout)
+    assert contents(disk) == before
+    whole = make(disk, layout)
+    assert contents(disk) == builds[layout]
+    with only_read(disk):
+        assert make(disk, layout) == whole

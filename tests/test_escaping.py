@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import ipywidgets as widgets
@@ -10,8 +12,11 @@ import pandas as pd
 import pytest
 from fake_runs import fake_run
 from markdown_it import MarkdownIt
+from nbconvert import HTMLExporter
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
 
+from fdsl_nb.app.attention import AttentionExplorer
 from fdsl_nb.app.browser import RunBrowser, head_line, report_links, run_line
 from fdsl_nb.app.compare import (
     compare_figure,
@@ -24,7 +29,7 @@ from fdsl_nb.app.compare import (
 from fdsl_nb.build.build import build
 from fdsl_nb.build.parquet import export_parquet
 from fdsl_nb.core.settings import markdown_text
-from fdsl_nb.data.shards import metadata_folder
+from fdsl_nb.formulas.layout import metadata_folder
 from fdsl_nb.formulas.formula import show_grid
 from fdsl_nb.models.checkpoints import export_model
 from fdsl_nb.models.models import create_model
@@ -176,12 +181,97 @@ def test_data_cards_show_texts(name, tmp_path, monkeypatch):
         assert is_harmless(page, allowed=['img'])
 
 
-def test_model_cards_show_texts(tmp_path):
-    c = run_config(dict(dataset=EVIL + '[a](javascript:1)', folder=str(tmp_path), stage='finetune'))
+def network(classes=3):
     small = dict(patch_size=8, depth=1, embed_dim=24, num_heads=2)
-    model = create_model('vit_tiny_patch16_224', 3, 32, seed=0, **small)
-    export_model(tmp_path / 'model', model, description=_description(c))
-    assert is_harmless(rendered((tmp_path / 'model' / 'README.md').read_text('utf-8')))
+    return create_model('vit_tiny_patch16_224', classes, 32, seed=0, **small)
+
+
+def model_card(folder, name):
+    "The page of a model that was trained on a data set of that name."
+    c = run_config(dict(dataset=name, folder=str(folder), stage='finetune'))
+    export_model(folder / 'model', network(), description=_description(c))
+    return rendered((folder / 'model' / 'README.md').read_text('utf-8'))
+
+
+def test_model_cards_show_texts(tmp_path):
+    assert is_harmless(model_card(tmp_path, EVIL + '[a](javascript:1)'))
+
+
+class Pictures:
+    "Grey pictures of classes with these names."
+
+    def __init__(self, names):
+        self.classes = names
+
+    def __len__(self):
+        return len(self.classes)
+
+    def __getitem__(self, i):
+        return Image.new('L', (32, 32), 20 * i), i
+
+
+def attention_page(names):
+    "What the attention widget says of a picture of each class."
+    explorer = AttentionExplorer(network(len(names)), Pictures(names))
+    pages = []
+    for i in range(len(names)):
+        explorer.number.value = i
+        pages += values_of(explorer.widget)
+    return '\n'.join(pages)
+
+
+def test_the_attention_widget_shows_texts():
+    page = attention_page(TRICKS)
+    assert page.count('answered') == len(TRICKS) and is_harmless(page)
+
+
+def report_page(name):
+    "An executed notebook of a run with that name in its values and its tables, as HTML."
+    answers = Predictions(np.zeros((4, 5), np.int64), np.arange(4), np.ones(4))
+    table = per_class(answers, [name, 'b', 'c', 'd'])
+    shown = {'text/html': table._repr_html_(), 'text/plain': str(table)}
+    outputs = [
+        new_output('execute_result', shown),
+        new_output('stream', name='stdout', text=f'class {name}'),
+        new_output('error', ename='ValueError', evalue=name, traceback=[f'ValueError: {name}']),
+    ]
+    notebook = new_notebook(cells=[new_code_cell(f'dataset = {name!r}', outputs=outputs)])
+    return HTMLExporter(template_name='basic').from_notebook_node(notebook)[0]
+
+
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
+
+
+def runs_in_chromium(page, folder):
+    "Does opening the page run `ran()`?"
+    head = '<script>function ran() { document.documentElement.id = "it-ran" }</script>'
+    file = folder / 'page.html'
+    file.write_text(f'<!doctype html><html><head>{head}</head><body>{page}</body></html>', 'utf-8')
+    words = [CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={folder}']
+    more = ['--virtual-time-budget=3000', '--dump-dom', file.as_uri()]
+    done = subprocess.run(words + more, check=True, capture_output=True, text=True, timeout=180)
+    assert '</html>' in done.stdout, done.stderr
+    return 'id="it-ran"' in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.skipif(not CHROMIUM, reason='Chromium is not here (Debian: apt-get install chromium)')
+def test_no_name_runs_in_chromium(tmp_path):
+    "Pages of runs, cards, tables, a report and the attention widget, opened at once."
+    names = ['<img src=x onerror=ran()>', '"><svg onload=ran()>', "' onmouseover='ran()"]
+    names.append('"><script>ran()<')
+    pages = [attention_page(names)]
+    for n, name in enumerate(names):
+        folder = evil_run(tmp_path / 'runs', f'{n} {name}')
+        (folder / f'{name}.ipynb').write_text('{}')
+        run = read_run(folder)
+        pages += [run_line(run_row(run), name) + report_links(run), report_page(name)]
+        pages += [model_card(tmp_path / str(n), name), rendered(markdown_text(name))]
+    pages.append(differences(sorted((tmp_path / 'runs').iterdir()))._repr_html_())
+    assert all(page.count('ran()') for page in pages)
+    assert not runs_in_chromium('\n'.join(pages), tmp_path)
+    assert runs_in_chromium('\n'.join([*pages, names[0]]), tmp_path), 'what is not escaped would'
 
 
 def test_figures_take_no_name_for_a_formula(tmp_path):

@@ -197,15 +197,15 @@ def test_changed_weights_are_not_answered_from_yesterday(weights, tmp_path):
     first = examine(tmp_path / 'run', weights=str(tmp_path / 'mine.pth.tar'))
     saved['state_dict']['head.bias'][3] += 100
     torch.save(saved, tmp_path / 'mine.pth.tar')
-    with pytest.raises(ValueError, match='weights_hash=.* pass restart=True'):
+    with pytest.raises(ValueError, match='weights_hash=.* pass overwrite=True'):
         examine(tmp_path / 'run', weights=str(tmp_path / 'mine.pth.tar'))
-    again = examine(tmp_path / 'run', weights=str(tmp_path / 'mine.pth.tar'), restart=True)
+    again = examine(tmp_path / 'run', weights=str(tmp_path / 'mine.pth.tar'), overwrite=True)
     assert again['correct'] == 81 != first['correct'], 'all answers are 3 now'
 
 
 def test_a_training_run_is_never_cleared(trained, weights):
     with pytest.raises(ValueError, match='holds another run'):
-        examine(trained[0], weights=weights, restart=True)
+        examine(trained[0], weights=weights, overwrite=True)
     assert (trained[0] / 'last.pth.tar').exists() and RunFolder(trained[0]).state == 'done'
 
 

@@ -133,6 +133,8 @@ def test_an_epoch_left_in_the_middle_begins_again():
     for _ in range(2):
         assert_same([next(iter(loader))], wanted(1)[:1])
     assert_same(list(loader), wanted(1))
+    assert_same([next(iter(loader))], wanted(2)[4:5])  # that epoch was read to its end
+    loader.set_epoch(0)
     one, other = iter(loader), iter(loader)
     assert_same([next(one), next(other), next(one)], [wanted(1)[n] for n in (0, 0, 1)])
 

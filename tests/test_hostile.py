@@ -21,7 +21,8 @@ import torch
 from fdsl_nb.build.build import build
 from fdsl_nb.formulas.formula import formula
 from fdsl_nb.build.parquet import export_parquet
-from fdsl_nb.data.shards import ArchiveDataset, BuiltDataset, encode, metadata_folder
+from fdsl_nb.formulas.layout import encode, metadata_folder
+from fdsl_nb.data.shards import ArchiveDataset, BuiltDataset
 from fdsl_nb.training.training import architecture_of
 from fdsl_nb.training.validation import evaluation_config
 from fdsl_nb.build.source import source_of
@@ -491,7 +492,7 @@ def test_a_class_that_somebody_types_must_be_a_formula(name):
 def run_values(folder, **given):
     from training_helpers import values
 
-    return values(folder, **dict(epochs=1, restart=False) | given)
+    return values(folder, **dict(epochs=1, overwrite=False) | given)
 
 
 def go(folder, **given):
@@ -505,20 +506,20 @@ def names(folder):
     return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob('*') if p.is_file())
 
 
-def test_restart_sets_aside_what_the_run_wrote(tmp_path):
+def test_overwrite_sets_aside_what_the_run_wrote(tmp_path):
     go(tmp_path / 'run', lr=1e-3)
     before = {name: (tmp_path / 'run' / name).read_bytes() for name in names(tmp_path / 'run')}
     assert 'last.pth.tar' in before
     (tmp_path / 'run' / 'notes.txt').write_text('mine')
     (tmp_path / 'run' / 'checkpoint-best.pth.tar.bak').write_text('mine')
-    go(tmp_path / 'run', lr=2e-3, restart=True)
+    go(tmp_path / 'run', lr=2e-3, overwrite=True)
     assert {
         name: (tmp_path / 'run' / 'replaced-1' / name).read_bytes() for name in before
     } == before
     assert (tmp_path / 'run' / 'notes.txt').exists() and (
         tmp_path / 'run' / 'checkpoint-best.pth.tar.bak'
     ).exists()
-    go(tmp_path / 'run', lr=3e-3, restart=True)
+    go(tmp_path / 'run', lr=3e-3, overwrite=True)
     assert (tmp_path / 'run' / 'replaced-2' / 'last.pth.tar').exists() and (
         tmp_path / 'run' / 'replaced-1' / 'last.pth.tar'
     ).exists()
@@ -531,15 +532,15 @@ def test_a_run_does_not_replace_what_it_reads(tmp_path):
         given = dict(weights=str(tmp_path / 'run' / weights), stage='finetune', lr=2e-3)
         with pytest.raises(ValueError, match='holds another run') as refused:
             go(tmp_path / 'run', **given)
-        assert 'restart' not in str(refused.value)
+        assert 'overwrite' not in str(refused.value)
         with pytest.raises(ValueError, match='which this one would replace'):
-            go(tmp_path / 'run', restart=True, **given)
+            go(tmp_path / 'run', overwrite=True, **given)
     assert {
         name: (tmp_path / 'run' / name).read_bytes() for name in names(tmp_path / 'run')
     } == before
 
 
-@pytest.mark.parametrize('restart', [False, True])
+@pytest.mark.parametrize('overwrite', [False, True])
 @pytest.mark.parametrize(
     'name',
     [
@@ -550,12 +551,12 @@ def test_a_run_does_not_replace_what_it_reads(tmp_path):
         'model/model.safetensors',
     ],
 )
-def test_weights_that_somebody_put_there_are_not_written_over(name, restart, tmp_path):
+def test_weights_that_somebody_put_there_are_not_written_over(name, overwrite, tmp_path):
     path = tmp_path / 'run' / name
     path.parent.mkdir(parents=True)
     path.write_bytes(b'from the authors')
     with pytest.raises(ValueError, match='which no run wrote'):
-        go(tmp_path / 'run', restart=restart)
+        go(tmp_path / 'run', overwrite=overwrite)
     assert path.read_bytes() == b'from the authors'
 
 
@@ -564,7 +565,7 @@ def test_a_list_of_files_leads_nowhere_else(tmp_path, victim):
     with open(tmp_path / 'run' / 'files.txt', 'a') as f:
         f.write('../victim\n../victim/thesis.txt\n')
     with pytest.raises(ValueError, match='leads out of'):
-        go(tmp_path / 'run', lr=2e-3, restart=True)
+        go(tmp_path / 'run', lr=2e-3, overwrite=True)
     assert untouched(victim) and (tmp_path / 'run' / 'last.pth.tar').exists()
 
 

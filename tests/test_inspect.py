@@ -1,10 +1,17 @@
 """`fdsl inspect`: what it counts, on images where the answer is known."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from fdsl_nb.app.cli import main
-from fdsl_nb.app.inspect import compactness, drawn_figures, ink_of, sample_images
+from fdsl_nb.app.inspect import (
+    compactness,
+    drawn_figures,
+    ink_of,
+    rank_correlations,
+    sample_images,
+)
 from fdsl_nb.formulas.formula import formula
 
 
@@ -54,3 +61,17 @@ def test_the_command(capsys):
 def test_slips(words, said):
     with pytest.raises(SystemExit, match=said):
         main(['inspect', *words, '--no-training'])
+
+
+def test_rank_correlations_leave_out_what_does_not_vary():
+    table = pd.DataFrame(
+        dict(
+            images=[64] * 5,
+            blank=[0.0] * 5,
+            compactness=[None, None, 0.1, 0.2, 0.3],
+            learnt=[0.1, 0.2, 0.3, 0.5, 0.4],
+            top1=[10, 20, 30, 40, 50],
+        )
+    )
+    found = rank_correlations(table)
+    assert found.round(6).to_dict() == {'learnt': 0.9}

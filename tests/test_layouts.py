@@ -16,7 +16,8 @@ from fdsl_nb.core.settings import Resolved
 from fdsl_nb.data import datasets as opening
 from fdsl_nb.data.datasets import open_dataset, open_split
 from fdsl_nb.data.loading import EpochBatchSampler, FolderDataset, FormulaDataset, train_loader
-from fdsl_nb.data.shards import BuiltDataset, metadata_folder
+from fdsl_nb.formulas.layout import metadata_folder
+from fdsl_nb.data.shards import BuiltDataset
 from fdsl_nb.formulas.formula import formula
 from fdsl_nb.training.plan import run_config
 from fdsl_nb.training.training import open_splits, run_training

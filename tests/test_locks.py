@@ -163,7 +163,7 @@ def test_two_trainings_at_once(tmp_path):
     wait_for(steps.exists)
     before = RunFolder(tmp_path / 'run').status | dict(heartbeat='')
     for _ in range(2):
-        [second] = start_ranks(config | dict(restart=True), 1)
+        [second] = start_ranks(config | dict(overwrite=True), 1)
         assert wait_ranks([second]) == [1]
     said = printed(tmp_path / 'run')
     assert said.count(f'run is being written by process {first.pid} on host') == 2

@@ -5,6 +5,7 @@ Small runs of one or two epochs, looked at from inside.
 
 import math
 import os
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from fastai.callback.core import Callback
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler
 from torch import nn
@@ -22,7 +24,7 @@ from fdsl_nb.data.loading import eval_loader
 from fdsl_nb.data.datasets import open_dataset
 from fdsl_nb.training.evaluate import evaluate
 from fdsl_nb.core.folder import RunFolder, read_summary
-from fdsl_nb.training.learner import fdsl_learner
+from fdsl_nb.training.learner import fdsl_learner, precision_on
 from fdsl_nb.models.models import create_model
 from fdsl_nb.training.optimise import make_schedule
 from fdsl_nb.training.plan import Recipe, run_config
@@ -348,8 +350,56 @@ def test_lower_precision(tmp_path):
     gap = np.abs(np.subtract(watch.losses, exact.losses)).max()
     assert 0 < gap < 0.1
     assert {t.dtype for t in weights(tmp_path / 'low').values()} == {torch.float32}
-    with pytest.raises(ValueError, match='does not train on a CPU; choose bfloat16'):
-        trained(tmp_path / 'half', precision='float16')
+
+
+class Infinite(Callback):
+    "Gives the second step an infinite gradient; keeps scale and first weight of every step."
+
+    def __init__(self):
+        self.kept = []
+
+    def after_backward(self):
+        if self.learn.steps_done == 1:
+            next(self.learn.model.parameters()).grad[:] = float('inf')
+
+    def after_batch(self):
+        if self.training:
+            weight = next(self.learn.model.parameters()).detach().clone()
+            self.kept.append((self.learn.scaler.get_scale(), weight))
+
+
+def test_float16_leaves_out_a_step_with_infinite_gradients(tmp_path, capsys):
+    with watching(Infinite()) as left:
+        (tmp_path / 'run').mkdir()
+        train(values(tmp_path / 'run', precision='float16', clip_grad=1.0))
+    scales, weights = zip(*left['learn'].infinite.kept)
+    assert scales == (65536.0, 32768.0, 32768.0, 32768.0)
+    assert [torch.equal(a, b) for a, b in pairwise(weights)] == [True, False, False]
+    assert 'float16' in (tmp_path / 'run' / 'log.jsonl').read_text()
+    assert "precision='float16' is slow on a CPU" in capsys.readouterr().out
+
+
+def test_float16_goes_on_with_its_scale(tmp_path):
+    given = dict(precision='float16', model_ema_decay=0.9, drop_path=0.1, mixup=0.8, epochs=3)
+    with watching(Infinite()) as left:
+        train(values(tmp_path, **given, pause=1))
+    assert left['learn'].paused
+    _, _, _ = trained(tmp_path, **given)
+    with watching(Infinite()):
+        (tmp_path / 'whole').mkdir()
+        train(values(tmp_path / 'whole', **given))
+    one, other = (read_checkpoint(f / 'last.pth.tar') for f in (tmp_path, tmp_path / 'whole'))
+    assert one['amp_scaler'] == other['amp_scaler'] and one['amp_scaler']['scale'] == 32768.0
+    for entry in ('state_dict', 'state_dict_ema'):
+        assert all(torch.equal(one[entry][k], other[entry][k]) for k in other[entry])
+
+
+def test_float16_takes_the_place_of_a_bfloat16_that_a_gpu_lacks(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **_: False)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'Tesla V100')
+    found, said = precision_on(torch.device('cuda', 0), 'bfloat16')
+    assert found == 'float16' and 'Tesla V100: float16 with a gradient scaler' in said
+    assert precision_on(torch.device('cuda', 0), 'float32') == ('float32', '')
 
 
 SMALL = dict(

@@ -23,7 +23,7 @@ MODULE = [sys.executable, '-m', 'papermill']
 FORM = """\
 dataset: str = 'rcdb'  # a formula
 epochs: int = None  # passes
-restart: bool = False  # anew
+overwrite: bool = False  # anew
 """
 TOLD = """\
 import os
@@ -57,7 +57,7 @@ def notebook_of(path, **metadata):
 def sources(tmp_path):
     "A folder nbs/ with a notebook of the kit, and one of somebody else."
     (tmp_path / 'nbs').mkdir()
-    defaults = dict(dataset='rcdb', epochs=None, restart=False)
+    defaults = dict(dataset='rcdb', epochs=None, overwrite=False)
     ours = dict(notebook='small', default_parameters=defaults)
     notebook_of(tmp_path / 'nbs' / 'small.ipynb', **{METADATA: ours})
     notebook_of(tmp_path / 'nbs' / 'other.ipynb')
@@ -222,8 +222,8 @@ def test_a_slip_ends_before_a_kernel_starts(slip, words, sources):
 @pytest.mark.process
 def test_words_for_yes_are_read_and_a_default_that_is_given_counts(sources, monkeypatch):
     monkeypatch.chdir(sources)
-    given = cli.check_values(Path('nbs/small.ipynb'), cli.asked_for(['-p', 'restart', 'true']))
-    assert given == dict(restart=True)
+    given = cli.check_values(Path('nbs/small.ipynb'), cli.asked_for(['-p', 'overwrite', 'true']))
+    assert given == dict(overwrite=True)
     given = cli.check_values(Path('nbs/small.ipynb'), cli.asked_for(['-p', 'dataset', 'rcdb']))
     assert given == dict(dataset='rcdb')
 

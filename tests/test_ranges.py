@@ -299,7 +299,7 @@ def test_optimizers_are_timms():
 
 def test_choices_are_those_that_the_code_knows():
     from fdsl_nb.build.build import MODES
-    from fdsl_nb.data.shards import FORMATS, LAYOUTS
+    from fdsl_nb.formulas.layout import FORMATS, LAYOUTS
     from fdsl_nb.formulas.formula import Formula
     from fdsl_nb.models.models import RESIZE_MODES
     from fdsl_nb.training import plan

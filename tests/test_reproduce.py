@@ -218,12 +218,12 @@ def test_only_what_follows_from_a_change_is_done_again(tmp_path):
     with pytest.raises(
         ValueError,
         match='pretrain-0 holds another pretrain step: lr=None there, lr=0.002 here; '
-        '.* restart=True',
+        '.* overwrite=True',
     ):
         planned(changed, RunFolder(tmp_path))
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / 'scratch').rglob('*')}
     ran.clear()
-    run_experiment(planned(changed | dict(restart=True), RunFolder(tmp_path)), run)
+    run_experiment(planned(changed | dict(overwrite=True), RunFolder(tmp_path)), run)
     assert (
         sorted({name.split('/')[0] for name in ran})
         == ['rcdb1k_deit_tiny', 'visualatom1k_vit_tiny']
@@ -231,13 +231,13 @@ def test_only_what_follows_from_a_change_is_done_again(tmp_path):
     )
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / 'scratch').rglob('*')} == before
     ran.clear()
-    run_experiment(planned(changed | dict(restart=True), RunFolder(tmp_path)), run)
+    run_experiment(planned(changed | dict(overwrite=True), RunFolder(tmp_path)), run)
     assert ran == []
 
 
 @pytest.mark.process
-@pytest.mark.parametrize('restart', (False, True))
-def test_a_step_begun_goes_on_unless_it_is_to_be_replaced(restart, tmp_path):
+@pytest.mark.parametrize('overwrite', (False, True))
+def test_a_step_begun_goes_on_unless_it_is_to_be_replaced(overwrite, tmp_path):
     e = planned(FORM, RunFolder(tmp_path))
 
     def breaks(e, s):
@@ -254,8 +254,8 @@ def test_a_step_begun_goes_on_unless_it_is_to_be_replaced(restart, tmp_path):
         found.append((e.place(s) / 'last.pth.tar').exists())
         pretend(e, s)
 
-    run_experiment(planned(FORM | dict(restart=restart), RunFolder(tmp_path)), run)
-    assert found[0] != restart
+    run_experiment(planned(FORM | dict(overwrite=overwrite), RunFolder(tmp_path)), run)
+    assert found[0] != overwrite
 
 
 def test_processes_and_workers_do_not_make_another_experiment(tmp_path):

@@ -1,6 +1,7 @@
 """Killed at any step and started again, a run ends as if nothing had happened.
 
-Every weight, every average and `summary.csv` are the same to the last bit.
+Every weight, every average and `summary.csv` are the same to the last bit. `test_kills.py` has more
+kills, at moments of no choice.
 """
 
 import random
@@ -129,16 +130,6 @@ def test_a_kill_changes_nothing_with_kerass_optimizers(opt, sources, tmp_path):
     assert_same_end(tmp_path / 'killed', tmp_path / 'whole')
     moved = read_checkpoint(tmp_path / 'killed' / 'last.pth.tar')['optimizer']['state'].values()
     assert all('velocity' in state or 'exp_avg' in state for state in moved)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('processes', (1, 2))
-@pytest.mark.parametrize('source', ('online', 'folder', 'shards'))
-def test_five_kills_change_nothing(source, processes, sources, tmp_path):
-    given = ALL_ON | sources[source]
-    run_ranks(values(tmp_path / 'whole', **given), processes)
-    run_cut(tmp_path / 'killed', given, processes, moments(100 * processes + len(source), 5))
-    assert_same_end(tmp_path / 'killed', tmp_path / 'whole')
 
 
 @pytest.mark.slow

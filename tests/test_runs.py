@@ -166,7 +166,7 @@ def test_changed_values_have_their_own_folder_in_jupyter(monkeypatch, tmp_path):
         return run_folder('pretrain', jupyter(monkeypatch, **lines)).path
 
     plain, three = folder(), folder(line=('epochs: int = None', 'epochs: int = 3'))
-    again = folder(line=('restart: bool = False', 'restart: bool = True'))
+    again = folder(line=('overwrite: bool = False', 'overwrite: bool = True'))
     assert plain == again != three and plain.parent == tmp_path
     pretrain = find_notebook('pretrain')
     assert three == folder_for('pretrain', check_values(pretrain, dict(epochs=3)))
@@ -243,8 +243,8 @@ def test_words_for_yes_and_no_and_lists_with_commas_are_read():
     form = dict(scratch='false', In=["# Parameters\nscratch = 'false'\n"])
     assert given_values('finetune', form) == dict(scratch=False) and form['scratch'] is False
     for given, meant in (
-        (dict(restart='True'), dict(restart=True)),
-        (dict(restart=False), dict(restart=False)),
+        (dict(overwrite='True'), dict(overwrite=True)),
+        (dict(overwrite=False), dict(overwrite=False)),
         (dict(wandb_group='true'), dict(wandb_group='true')),
     ):
         assert check_parameters('pretrain', given) == meant
@@ -254,8 +254,8 @@ def test_words_for_yes_and_no_and_lists_with_commas_are_read():
         == dict(recipe=['a', 'b', 'c'])
     )
     for name, slip in (
-        ('pretrain', dict(restart='yes')),
-        ('pretrain', dict(restart=1)),
+        ('pretrain', dict(overwrite='yes')),
+        ('pretrain', dict(overwrite=1)),
         ('reproduce', dict(recipe=[1])),
         ('pretrain', dict(seed=None)),
     ):
@@ -384,7 +384,7 @@ def test_another_run_in_the_same_folder_is_refused(pretrained):
     done = papermill('pretrain', pretrained, **SMALL | dict(epochs=5))
     assert (
         done.returncode == 1
-        and 'epochs=3 there, epochs=5 here; choose another folder, or pass restart=True'
+        and 'epochs=3 there, epochs=5 here; choose another folder, or pass overwrite=True'
         in done.stderr
     )
     assert (

@@ -1,9 +1,12 @@
 "What happens before the first batch, and what it costs in large data sets."
 
 import io
+import json
 import multiprocessing
 import pickle
 import shutil
+import subprocess
+import sys
 import tarfile
 import time
 import tracemalloc
@@ -17,16 +20,17 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import PILToTensor
 from training_helpers import trained
 
-from fdsl_nb.build.build import build
+from fdsl_nb.build.build import Job, build, describe, make_plan, tasks_of
+from fdsl_nb.build.source import as_source
 from fdsl_nb.core.folder import RunFolder, locked
 from fdsl_nb.core.rng import NumpyRandom, Shuffle
 from fdsl_nb.data import coyo, shards, streams
 from fdsl_nb.data.coyo import CoyoDataset, MultiHot, example_rows, seal_shards, write_shards
 from fdsl_nb.data.datasets import open_dataset
 from fdsl_nb.data.loading import LISTED, EpochBatchSampler, FormulaDataset, permutation
-from fdsl_nb.data.shards import encode, metadata_folder
 from fdsl_nb.formulas import categories, ifs3d, ifs_search
 from fdsl_nb.formulas.formula import formula
+from fdsl_nb.formulas.layout import encode, metadata_folder
 from fdsl_nb.models.checkpoints import CheckpointError
 from fdsl_nb.training.saving import resume
 from fdsl_nb.training.training import continue_run
@@ -255,7 +259,7 @@ def test_two_ranks_with_two_workers_search_each_class_once(tmp_path, own_data_ro
 
 
 def test_systems_in_space_are_read_from_disk(own_data_root, monkeypatch):
-    source = formula('exfractaldb', classes=60)
+    source = formula('exfractaldb', classes=60, variance=0.04)
     source.prepare(workers=2)
     found = [source.category(c) for c in (0, 59)]
     ifs3d.canonical_system.cache_clear()
@@ -301,3 +305,36 @@ def test_training_searches_before_it_draws(tmp_path, own_data_root):
     knobs = dict(classes=4, instances=4, rate=0.02, search_points=6000, points=200, size=32)
     trained(tmp_path / 'run', dataset='fractaldb', knobs=knobs, epochs=1)
     assert len(list(own_data_root.rglob('categories/fractaldb-*/00000.json'))) == 1
+
+
+# A worker of a build
+
+DRAWING = """
+import pickle, sys
+for function, arguments in pickle.load(sys.stdin.buffer):
+    function(*arguments)
+print([name for name in ('torch', 'torchvision', 'timm', 'pandas') if name in sys.modules])
+"""
+
+
+def planned(source, out, **settings):
+    "The tasks of a build that has begun in a folder."
+    job = Job(as_source(source), make_plan(source, **settings), str(out))
+    (metadata_folder(out) / 'index').mkdir(parents=True)
+    out.mkdir()
+    (metadata_folder(out) / 'manifest.json').write_text(json.dumps(describe(job)))
+    return list(tasks_of(job, range(job.plan.parts)))
+
+
+def test_a_worker_that_draws_imports_no_torch(tmp_path):
+    fractals = formula('fractaldb', classes=1, instances=2, size=32, points=500, rate=0.01)
+    pngs = planned(fractals, tmp_path / 'pngs')
+    tars = planned(
+        formula('rcdb', classes=2, instances=2, size=32), tmp_path / 'tars', layout='shards'
+    )
+    drawing = subprocess.run(
+        [sys.executable, '-c', DRAWING], input=pickle.dumps(pngs + tars), check=True, stdout=-1
+    )
+    assert drawing.stdout.decode().strip() == '[]'
+    assert len([*(tmp_path / 'pngs').rglob('*.png')]) == 2
+    assert len([*(tmp_path / 'tars').glob('*.tar')]) == 1

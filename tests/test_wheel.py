@@ -50,7 +50,8 @@ def test_the_wheel_holds_modules_kernels_notebooks_and_settings_and_nothing_else
     ours = {'papermill_fdsl_nb.py', 'fdsl_nb/py.typed', 'fdsl_nb/notebooks/settings.template.ini'}
     ours.add('fdsl_nb/app/programs.yaml')
     kernels = {str(p.relative_to(ROOT)) for p in (ROOT / 'fdsl_nb').glob('*/cuda_src/*')}
-    assert names == modules | notebooks | ours | kernels
+    tables = {str(p.relative_to(ROOT)) for p in (ROOT / 'fdsl_nb').glob('formulas/searched/*.npz')}
+    assert len(tables) == 3 and names == modules | notebooks | ours | kernels | tables
     assert settings == (ROOT / 'settings.ini').read_bytes()
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from multiprocessing import forkserver
 from pathlib import Path
+from threading import Timer
 
 import psutil
 from fastai.callback.core import Callback
@@ -123,6 +124,15 @@ class Slow(Callback):
                 f.write('step\n')
 
 
+def kill_family():
+    "Every process of the run, this one last."
+    root = psutil.Process(int(os.environ.get('PROGRAM') or os.getppid()))
+    for p in root.children(recursive=True) + [root] * ('PROGRAM' in os.environ):
+        if p.pid != os.getpid():
+            p.kill()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 class PowerCut(Callback):
     "Kills every process of the run, this one last, when step `step` reaches the event `when`."
 
@@ -134,12 +144,7 @@ class PowerCut(Callback):
     def cut(self, event):
         if get_rank() or event != self.when or self.learn.steps_done != self.step:
             return
-        root = psutil.Process(int(os.environ.get('PROGRAM') or os.getppid()))
-        family = root.children(recursive=True) + [root] * ('PROGRAM' in os.environ)
-        for p in family:
-            if p.pid != os.getpid():
-                p.kill()
-        os.kill(os.getpid(), signal.SIGKILL)
+        kill_family()
 
     def before_batch(self):
         self.cut('before_batch')
@@ -152,6 +157,20 @@ class PowerCut(Callback):
 
     def before_validate(self):
         self.cut('before_validate')
+
+
+class Lightning(Callback):
+    "Kills every process of the run `after` seconds from step `step` on, whatever they do then."
+
+    order, run_valid = 55, False
+
+    def __init__(self, step, after):
+        self.step, self.timer = step, Timer(after, kill_family)
+
+    def before_batch(self):
+        if get_rank() == 0 and self.learn.steps_done >= self.step and not self.timer.ident:
+            self.timer.daemon = True
+            self.timer.start()
 
 
 class Lost(Callback):
@@ -242,7 +261,7 @@ def _python_path():
     return os.pathsep.join([here, before] if before else [here])
 
 
-def _start_server():
+def start_server():
     "The process that ranks are forked from: it has imported everything and loaded the kernels."
     before = {k: os.environ.get(k) for k in ('PYTHONPATH', 'OMP_NUM_THREADS', 'RANK_SERVER')}
     os.environ |= dict(PYTHONPATH=_python_path(), OMP_NUM_THREADS='1', RANK_SERVER='1')
@@ -283,7 +302,7 @@ def _rank(number, processes, port, config, callbacks):
 
 def start_ranks(config, processes, *callbacks):
     "Starts ranks that call `run_training`, as a launcher would; callbacks are (class, arguments)."
-    _start_server()
+    start_server()
     port = free_port()
     ranks = []
     for n in range(processes):

@@ -65,7 +65,7 @@ READ = dict(
 
 
 def _damaged(path, what):
-    return ValueError(f'{path} is damaged ({what}); restore it, or run again with restart=True')
+    return ValueError(f'{path} is damaged ({what}); restore it, or run again with overwrite=True')
 
 
 def _read(folder, name):
@@ -141,6 +141,7 @@ def run_row(run: Run, name: str = None) -> dict:
     epochs = c.get('epochs')
     weights = Path(str(c.get('weights') or ''))
     speeds = [e['images_per_second'] for e in run.events if 'images_per_second' in e]
+    waited = [e['waited'] for e in run.events if 'waited' in e]
     return {
         'run': name or run.path.name,
         'state': run.state,
@@ -153,6 +154,7 @@ def run_row(run: Run, name: str = None) -> dict:
         'loss': _rounded(last.get('train_loss', run.result.get('loss')), 4),
         'top1': _rounded(top1_of(run), 2),
         'images/s': round(speeds[-1]) if speeds else None,
+        'waited %': round(100 * waited[-1]) if waited else None,
         'left': in_words(seconds_left(run)),
     }
 
@@ -233,9 +235,11 @@ def compare_table(
 # these settings do not change what is learned
 PLACES = (
     'folder',
-    'restart',
+    'overwrite',
     'workers',
     'cache_limit',
+    'draw_on',
+    'deterministic',
     'processes',
     'export',
     'save_images',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'sample_images', 'ink_of', 'compactness', 'drawn_figures', 'learning_figures', 'inspect_formula',
-           'print_inspection']
+           'print_inspection', 'inspect_experiment', 'rank_correlations', 'show_prediction']
 
 # %% ../../nbs/app/12_inspect.ipynb #453a1880
 import contextlib, io, math, tempfile, time
@@ -15,7 +15,9 @@ from ..core.folder import RunFolder, read_summary
 from ..core.settings import Resolved
 from ..formulas.formula import Formula, formula
 from ..training.recipes import resolve
-from ..training.training import RUN, run_training
+from ..training.training import RUN, read_result, run_training
+from .experiments import Experiment, pretrain_steps, results, settings_of, variants
+from .report import kept
 
 # %% ../../nbs/app/12_inspect.ipynb #78bf5ca2
 def sample_images(
@@ -116,3 +118,55 @@ def print_inspection(family: str, training: bool, knobs: dict):
     for name, value in inspect_formula(family, training, **knobs).items():
         shown = '–' if value is None else f'{value:.3g}' if isinstance(value, float) else value
         print(f'{WORDS[name]:<46}{shown:>8}')
+
+# %% ../../nbs/app/12_inspect.ipynb #2d307c95
+def inspect_experiment(e: Experiment) -> pd.DataFrame:
+    "A row a pre-training on a formula: figures of its images, how much it learnt, mean top-1."
+    top1, rows = results(e).groupby('start').top1.mean(), []
+    for v in variants(e.values):
+        step = pretrain_steps(v, e.values['seed'])[-1]
+        config = settings_of(step)
+        if v.name not in top1.index or not config['knobs']:
+            continue
+        f = formula(config['dataset'], **config['knobs'])
+        found = drawn_figures(sample_images(f))
+        loss = read_result(RunFolder(e.place(step)))['train_loss']
+        found |= dict(learnt=1 - loss / math.log(f.classes), top1=top1[v.name])
+        rows.append(dict(start=v.name) | found)
+    return pd.DataFrame(rows).set_index('start') if rows else pd.DataFrame()
+
+
+def rank_correlations(
+    table: pd.DataFrame,  # of `inspect_experiment`
+) -> pd.Series:  # figure → Spearman's ρ with top-1, −1 … 1
+    "How well each figure puts the formulas in order; figures that do not vary are left out."
+    told = table.drop(columns=['images', 'top1']).astype(float)
+    told = told.loc[:, [told[c].nunique() > 1 and told[c].notna().sum() > 3 for c in told]]
+    return told.corrwith(table.top1.astype(float), method='spearman')
+
+# %% ../../nbs/app/12_inspect.ipynb #14385846
+def show_prediction(e: Experiment):
+    "Each figure against top-1, a point a formula; kept as `inspect.png`, None for fewer than four."
+    import matplotlib.pyplot as plt
+
+    if e.values.get('sweep') or len(variants(e.values)) < 4:
+        return None
+    table = inspect_experiment(e)
+    if len(table) < 4:
+        return None
+    found = rank_correlations(table)
+    figure, axes = plt.subplots(
+        1, len(found), figsize=(2.6 * len(found), 3), layout='constrained', sharey=True
+    )
+    for ax, (name, rho) in zip(np.atleast_1d(axes), found.items()):
+        for start, row in table.iterrows():
+            ax.plot(row[name], row.top1, 'o', color='C0', ms=4)
+            ax.annotate(start.split('1k_')[0], (row[name], row.top1), fontsize=6)
+        ax.set_title(f'{name}: ρ = {rho:.2f}, n = {table[name].notna().sum()}', fontsize=8)
+        ax.set_xlabel(name)
+        ax.margins(x=0.3)
+        ax.grid(alpha=0.3)
+    np.atleast_1d(axes)[0].set_ylabel('top-1, mean of seeds, %')
+    folder = {'folder': Resolved(str(e.folder.path), 'output')}
+    table.to_csv(e.folder.output('inspect.csv'))
+    return kept(figure, folder, 'inspect.png')

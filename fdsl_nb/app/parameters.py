@@ -405,11 +405,13 @@ def _check_training(stage, chosen):
 # %% ../../nbs/app/00_parameters.ipynb #08427ced
 # those parameters that `training.FREE` names; it is not imported, since that would load torch
 _FREE = (
-    'restart',
+    'overwrite',
     'pause',
     'processes',
     'workers',
     'cache_limit',
+    'draw_on',
+    'deterministic',
     'save_every',
     'checkpoint_hist',
     'interval_saved_epochs',

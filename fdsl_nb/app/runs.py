@@ -203,7 +203,7 @@ def configuration(
     machine = where_it_runs(given)
     if notebook != 'evaluate':
         return what_is_trained(notebook, given) | machine | ends
-    of_machine = {k: v for k, v in machine.items() if k in ('workers', 'processes', 'restart')}
+    of_machine = {k: v for k, v in machine.items() if k in ('workers', 'processes', 'overwrite')}
     return evaluation_config(given) | of_machine | ends
 
 # %% ../../nbs/app/04_runs.ipynb #22b8b4c7
@@ -256,7 +256,7 @@ def start_run(
         config = configuration(notebook, given_values(notebook, namespace), folder)
         values = {name: resolved.value for name, resolved in config.items()}
         _open_data(notebook, values)
-        if values['restart']:
+        if values['overwrite']:
             _set_old_run_aside(notebook, folder, values)
         return config
 

@@ -23,7 +23,6 @@ from itertools import groupby, islice
 from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, features
-from torch.utils.data import Dataset
 from ..core.settings import build_workers, did_you_mean, markdown_text
 from fdsl_nb.core.folder import (
     REMEDIES,
@@ -35,17 +34,15 @@ from fdsl_nb.core.folder import (
 )
 from ..core.processes import leave_with_parent
 from ..formulas.formula import Formula
-from fdsl_nb.data.shards import (
+from fdsl_nb.formulas.layout import (
     FORMATS,
     LAYOUTS,
     Plan,
-    decode,
     encode,
     metadata_folder,
     plan_of,
     read_manifest,
 )
-from ..data.datasets import is_formula, is_here, known_collections
 from .source import NamedSource, Source, as_source
 
 # %% ../../nbs/build/01_build.ipynb #17a475e0
@@ -276,6 +273,8 @@ def write_parts_of(source: Source, out: str, parts) -> list:
 def _absolute_source(source):
     "The source with absolute paths; its description, which stays what it was, is not sent."
     if isinstance(source, NamedSource):
+        from fdsl_nb.data.datasets import is_formula, is_here, known_collections
+
         name = source.name
         known = is_formula(name) or name in known_collections() or not is_here(name)
         return source if known else dataclasses.replace(source, name=os.path.abspath(name))
@@ -623,6 +622,8 @@ class Written:
 
     def pixels(self, i: int) -> np.ndarray:
         "Image `i`, files in the order of their names; black where the program left it out."
+        from fdsl_nb.data.shards import decode
+
         c, k = self.job.plan.address(i)
         folder = Path(self.job.out) / self.job.plan.part(c)
         files = sorted(folder.iterdir())
@@ -756,7 +757,7 @@ def _refuse_slices(about):
 
 # %% ../../nbs/build/01_build.ipynb #bb2b0aab
 def build(
-    source: Formula | str | Dataset,  # a formula; the name or path of a data set; a data set object
+    source: Formula | str | object,  # a formula; the name or path of a data set; a data set object
     out,  # folder
     split: str = 'train',  # of a data set by name
     workers: int = None,  # local worker processes, 0 for none; the machine's setting if None

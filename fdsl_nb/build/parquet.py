@@ -16,7 +16,7 @@ import yaml
 from ..core.settings import build_workers, markdown_text
 from ..core.folder import locked, remove_partial_files, atomic_write
 from ..formulas.formula import Formula
-from ..data.shards import Plan, encode
+from ..formulas.layout import Plan, encode
 from .source import Source, as_source
 from fdsl_nb.build.build import (
     Job,

@@ -10,19 +10,11 @@ __all__ = ['Source', 'parameter_table', 'FormulaSource', 'listing', 'as_pixels',
 import json, os, pickle
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-import numpy as np, pandas as pd
+import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
 from ..core.settings import markdown_text
 from ..formulas.formula import Formula, described_formula, family_of
-from fdsl_nb.data.shards import (
-    BuiltDataset,
-    StoredDataset,
-    is_build,
-    metadata_folder,
-    read_manifest,
-)
-from ..data.datasets import named_dataset, open_dataset
+from ..formulas.layout import is_build, metadata_folder, read_manifest
 
 # %% ../../nbs/build/00_source.ipynb #14f2f495
 class Source:
@@ -53,8 +45,8 @@ class Source:
         "Names of class folders as the published program counts them; () for 0, 1, …"
         return ()
 
-    def parameters(self, workers: int = 1) -> pd.DataFrame | None:
-        "The parameters of every class, where there are some."
+    def parameters(self, workers: int = 1):
+        "The parameters of every class, a pandas `DataFrame`, where there are some."
 
     def file(self, i: int) -> str:
         "The file that image `i` is stored in, '' if it is drawn; `read(i)` gives its bytes."
@@ -71,8 +63,10 @@ class Source:
 def parameter_table(
     f: Formula,
     workers: int = 1,  # threads, where categories are searched
-) -> pd.DataFrame:
-    "The parameters of every class: a row a class, or a row an affine map."
+):
+    "The parameters of every class, a pandas `DataFrame`: a row a class, or a row an affine map."
+    import pandas as pd
+
     rows = []
     for c, category in enumerate(f.all_categories(max(1, workers))):
         rows += [{'class': c} | row for row in f.category_rows(category)]
@@ -122,9 +116,11 @@ class FormulaSource(Source):
 
 # %% ../../nbs/build/00_source.ipynb #9a5666e0
 def listing(
-    dataset: Dataset,  # with .classes and .label(i)
+    dataset,  # any, with .classes and .label(i)
 ) -> tuple:  # the numbers of its images, class by class; int64 [classes], how many each has
     "In what order the images of a data set are written."
+    from fdsl_nb.data.shards import BuiltDataset
+
     if isinstance(dataset, BuiltDataset):
         return range(len(dataset)), np.diff(dataset.starts)
     labels = np.array([dataset.label(i) for i in range(len(dataset))])
@@ -165,6 +161,8 @@ class ListedSource(Source):
         return as_pixels(dataset[int(order[i])][0], f'image {order[i]} of {self.title}')
 
     def file(self, i):
+        from fdsl_nb.data.shards import StoredDataset
+
         dataset, order, _ = self.opened
         return dataset.name(int(order[i])) if isinstance(dataset, StoredDataset) else ''
 
@@ -175,6 +173,8 @@ class ListedSource(Source):
 # %% ../../nbs/build/00_source.ipynb #5ad7dea1
 @lru_cache(4)
 def _opened(name, split):
+    from fdsl_nb.data.datasets import open_dataset
+
     dataset = open_dataset(name, split)
     if dataset is None:
         raise ValueError(f'dataset={name!r} has no split {split!r}; choose another')
@@ -224,7 +224,7 @@ def _unpacked(packed):
 class DatasetSource(ListedSource):
     "A data set object: by number, with `.classes` and `.label(i)`."
 
-    dataset: Dataset
+    dataset: object  # any, with .classes and .label(i)
 
     @cached_property
     def opened(self):
@@ -292,6 +292,8 @@ def source_of(
         )
     if 'dataset' not in said:
         return described_formula(said, place)
+    from fdsl_nb.data.datasets import named_dataset
+
     name, split = named_dataset(said['dataset'], place), said.get('split', 'train')
     if not isinstance(split, str):
         raise ValueError(

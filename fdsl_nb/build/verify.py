@@ -12,15 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 import numpy as np
 from ..core.folder import inside, atomic_write
-from fdsl_nb.data.shards import (
-    BuiltDataset,
-    Plan,
-    decode,
-    metadata_folder,
-    plan_of,
-    read_at,
-    tar_index,
-)
+from ..formulas.layout import Plan, metadata_folder, plan_of
+from ..data.shards import BuiltDataset, decode, read_at, tar_index
 from .source import as_source, source_of
 from fdsl_nb.build.build import (
     BESIDE,

@@ -536,10 +536,10 @@ def refuse_other_run(
         # as it would come back from the file
         if k in free or old.get(k) == json.loads(json.dumps(value)):
             continue
-        restart = ', or pass restart=True to set that run aside' if replaceable else ''
+        advice = ', or pass overwrite=True to set that run aside' if replaceable else ''
         raise ValueError(
             f'{folder.path} holds another run: {k}={old.get(k)!r} there, {k}={value!r} here; '
-            f'choose another folder{restart}'
+            f'choose another folder{advice}'
         )
 
 # %% ../../nbs/core/03_folder.ipynb #74f082c2

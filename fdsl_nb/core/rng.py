@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CATEGORY', 'INSTANCE', 'AUGMENT', 'SHUFFLE', 'STEP', 'MIX', 'ERASE', 'philox', 'unit', 'below', 'CounterRandom',
-           'PythonRandom', 'NumpyRandom', 'mt_words', 'mt_random', 'mt_randbelow', 'seed_for', 'Shuffle']
+           'PythonRandom', 'NumpyRandom', 'mt_words', 'mt_skip', 'mt_random', 'mt_randbelow', 'seed_for', 'Shuffle']
 
 # %% ../../nbs/core/01_rng.ipynb #8ab064de
 import random
@@ -132,18 +132,33 @@ class NumpyRandom(np.random.RandomState):
         yield state
         self.set_state((kind, state[:624], int(state[624]), *gauss))
 
+    def skip(
+        self,
+        n: int,  # outputs of 32 bits: a real number takes two
+    ) -> None:
+        "Passes over numbers."
+        with self.kernel_state() as state:
+            mt_skip(state, n)
+
 # %% ../../nbs/core/01_rng.ipynb #876356ee
 @njit(cache=True, nogil=True)
+def _mt_twisted(word, following, far):
+    y = (word & uint32(0x80000000)) | (following & uint32(0x7FFFFFFF))
+    odd = uint32(0) - (y & uint32(1))  # all bits or none
+    return far ^ (y >> uint32(1)) ^ (odd & uint32(0x9908B0DF))
+
+
+@njit(cache=True, nogil=True)
 def _mt_stir(state):
-    upper, lower, matrix = uint32(0x80000000), uint32(0x7FFFFFFF), uint32(0x9908B0DF)
-    for i in range(624):
-        y = (state[i] & upper) | (state[(i + 1) % 624] & lower)
-        z = uint32(y >> uint32(1))
-        if y & uint32(1):
-            z ^= matrix
-        state[i] = state[(i + 397) % 624] ^ z
+    for i in range(227):
+        state[i] = _mt_twisted(state[i], state[i + 1], state[i + 397])
+    for i in range(227, 454):
+        state[i] = _mt_twisted(state[i], state[i + 1], state[i - 227])
+    for i in range(454, 623):
+        state[i] = _mt_twisted(state[i], state[i + 1], state[i - 227])
+    state[623] = _mt_twisted(state[623], state[0], state[396])
 
-
+# %% ../../nbs/core/01_rng.ipynb #6d3db334
 @njit(cache=True, nogil=True)
 def mt_words(state, out):
     "Fills `out`, uint32 [n], with the next 32-bit outputs of a lent state."
@@ -162,6 +177,16 @@ def mt_words(state, out):
             out[done + i] = y ^ (y >> uint32(18))
         state[624] = position + take
         done += take
+
+# %% ../../nbs/core/01_rng.ipynb #14429113
+@njit(cache=True, nogil=True)
+def mt_skip(state, n):
+    "Passes over the next `n` outputs of a lent state."
+    position = int64(state[624]) + int64(n)
+    while position > 624:
+        _mt_stir(state[:624])
+        position -= 624
+    state[624] = position
 
 # %% ../../nbs/core/01_rng.ipynb #ddd3b688
 @njit(cache=True, nogil=True)

@@ -94,7 +94,7 @@ class CifarDataset(ImageDataset):
     def label(self, i: int) -> int:
         return int(self.labels[i])
 
-    def __getitem__(self, i: int):
+    def item(self, i: int):
         return Image.fromarray(self.images[i]), self.label(i)
 
 

@@ -9,6 +9,7 @@ __all__ = ['TAR', 'THREE', 'COLLECTED', 'VOC', 'COLLECTIONS', 'GROUP', 'WHERE', 
 
 # %% ../../nbs/data/08_datasets.ipynb #371be6cc
 import re, zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.metadata import entry_points
@@ -31,15 +32,14 @@ from fdsl_nb.data.loading import (
     open_picture,
     split_folder,
 )
+from ..formulas.layout import is_build, read_manifest
 from fdsl_nb.data.shards import (
     ArchiveDataset,
     BuiltDataset,
     BuiltShards,
     ShardFiles,
     StoredDataset,
-    is_build,
     parts_of_build,
-    read_manifest,
     shard_paths,
 )
 from .streams import StreamedShards
@@ -188,7 +188,7 @@ class ListedDataset(ImageDataset):
     def name(self, i: int) -> str:
         return self.files[i]
 
-    def __getitem__(self, i: int):
+    def item(self, i: int):
         with open_picture(self.files[i]) as image:
             return image.convert('RGB'), self.label(i)
 
@@ -372,12 +372,20 @@ def open_dataset(
     name: str,  # a formula, 'module:Class', a collection, or a path of a folder, archive or shards
     split: str = 'train',  # train, val, test, or the name of a folder
     data_dir: str = '',  # for a collection, e.g. cifar10 or imagenet: where its files are
+    transform: Callable = None,  # of each image, for a loader of one's own
     # for a formula: its fields; for files: one_per_class, True for one image by chance, and
     # on_error, skip for the next one in the place of a damaged one; for a stream: counts, of each
     # shard's records, and classes, how many
     **knobs,
 ) -> ImageDataset | None:  # (Pillow image, L or RGB, class); None where there is no such split
     "Opens any data set; errors name the data set, the split or the knob, and the remedy."
+    found = _opened(name, split, data_dir, knobs)
+    if found is not None and transform:
+        found.transform = transform
+    return found
+
+
+def _opened(name, split, data_dir, knobs):
     if is_formula(name):
         return FormulaDataset(formula(name, **knobs)) if split == 'train' else None
     if name in known_collections():

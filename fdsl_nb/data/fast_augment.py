@@ -246,7 +246,7 @@ def _drawn(state, held, chosen, height, width, size, scale, ratio, filters, ops,
     return crop, found, rectangles[: _erased(state, erasing, size, rectangles)]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True)  # shorter than taking the interpreter's lock again would be
 def _drawn_from(seed, layers, height, width, size, scale, ratio, filters, ops, erasing):
     "The same from generators seeded as `seeded` does, without touching the global ones."
     words = np.array([seed & np.uint64(0xFFFFFFFF), seed >> np.uint64(32)]).astype(np.uint32)

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import groupby, islice
 from pathlib import Path
-import math, random, warnings, weakref
+import math, operator, random, warnings, weakref
 import numpy as np, psutil, torch
 from joblib import cpu_count
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from ..core.settings import did_you_mean, machine_settings
@@ -34,19 +34,53 @@ from ..formulas.formula import Formula
 class ImageDataset(Dataset):
     "Images by number, (Pillow image, class); a subclass sets `classes` and defines `label(i)`."
 
-    # images are L or RGB, `classes` is a list of names
+    # images are L or RGB, `classes` is a list of names, `item(i)` gives image and label
 
+    transform = None  # Pillow image → what a loader of one's own wants
     multilabel = False  # is a label a float32 target [classes], for several classes an image?
     fixed = False  # is image i known to be the same whenever it is asked for?
+
+    def __getitem__(self, i: int):
+        image, label = self.item(self.number(i))
+        return (self.transform(image) if self.transform else image), label
+
+    def number(self, i: int) -> int:
+        "`i`, counted from the end where it is negative; `IndexError`, or `TypeError` for a slice."
+        try:
+            n = operator.index(i)
+        except TypeError:
+            raise TypeError(
+                f'[{i!r}] is not the number of an image; '
+                'several are torch.utils.data.Subset(images, numbers)'
+            ) from None
+        if not -len(self) <= n < len(self):
+            raise IndexError(f'image {n} is not in 0 … {len(self) - 1}')
+        return n % len(self)
+
+    def item(self, i: int) -> tuple:  # (Pillow image, class)
+        "Image `i`, 0 … `len` - 1, before `transform`."
+        if type(self).__getitem__ is ImageDataset.__getitem__:
+            raise NotImplementedError(f'{type(self).__name__} has no item(i); give it one')
+        return self[i]
 
     def label(self, i: int):
         raise NotImplementedError(
             f'{type(self).__name__} says no label(i); give it one, the class number of image i'
         )
 
+    @property
+    def targets(self) -> list:
+        "The label of every image, as torchvision's data sets have it."
+        return [self.label(i) for i in range(len(self))]
+
+    @property
+    def class_to_idx(self) -> dict:
+        "Class number by name."
+        return {name: c for c, name in enumerate(self.classes)}
+
     def array(self, i: int) -> tuple:  # (uint8 [h, w] or [h, w, 3], class)
         "Image `i` as an array, with its class."
-        image, label = self[i]
+        image, label = self.item(i)
         return np.array(image), label
 
     def cache(
@@ -93,7 +127,7 @@ class AdaptedDataset(ImageDataset):
     def __len__(self):
         return len(self.images)
 
-    def __getitem__(self, i: int):
+    def item(self, i: int):
         return self.images[i]
 
 
@@ -110,8 +144,8 @@ RECENT = 32  # images that are kept for their repeats
 class FormulaDataset(ImageDataset):
     "A formula, drawn when asked for: image i is instance i % instances of class i // instances."
 
-    def __init__(self, formula: Formula):
-        self.formula = formula
+    def __init__(self, formula: Formula, transform: Callable = None):
+        self.formula, self.transform = formula, transform
         self.classes = [f'{c:05d}' for c in range(formula.classes)]
         self.listed = 1 if formula.by_chance else formula.instances
         self.fixed = not formula.by_chance
@@ -132,7 +166,7 @@ class FormulaDataset(ImageDataset):
             k = random.randint(0, self.formula.instances - 1)
         return self.render(c, k), c
 
-    def __getitem__(self, i: int):
+    def item(self, i: int):
         image, c = self.array(i)
         return Image.fromarray(image), c
 
@@ -165,13 +199,14 @@ class DigitsDataset(ImageDataset):
 
     classes = [str(d) for d in range(10)]
 
-    def __init__(self, split: str = 'train'):
+    def __init__(self, split: str = 'train', transform: Callable = None):
         images, labels, splits = _digits()
         if split not in splits:
             raise ValueError(
                 f'split={split!r} of digits is not known' + did_you_mean(split, splits)
             )
         self.images, self.labels = images[splits[split]], labels[splits[split]]
+        self.transform = transform
 
     def __len__(self):
         return len(self.labels)
@@ -179,7 +214,7 @@ class DigitsDataset(ImageDataset):
     def label(self, i: int) -> int:
         return int(self.labels[i])
 
-    def __getitem__(self, i: int):
+    def item(self, i: int):
         return Image.fromarray(self.images[i]), int(self.labels[i])
 
 # %% ../../nbs/data/00_loading.ipynb #15732f35
@@ -297,9 +332,7 @@ class PictureDataset(ImageDataset):
         # how many were damaged, over all workers
         self.skipped = torch.zeros(1, dtype=torch.int64).share_memory_()
 
-    def __getitem__(self, i: int):
-        if not 0 <= i < len(self):
-            raise IndexError(f'image {i} is not in 0 … {len(self) - 1}')
+    def item(self, i: int):
         for step in range(len(self)):
             j = (i + step) % len(self)
             try:
@@ -337,8 +370,15 @@ class _Pictures(ImageFolder):
 class FolderDataset(PictureDataset):
     "Pictures in class folders; `FileNotFoundError` or `ValueError` if there are none."
 
-    def __init__(self, root: Path, split: str = 'train', on_error: str = 'raise'):
+    def __init__(
+        self,
+        root: Path,
+        split: str = 'train',
+        on_error: str = 'raise',
+        transform: Callable = None,
+    ):
         super().__init__(on_error)
+        self.transform = transform
         folder = class_folders(root, split)
         if folder is None:
             inside = [p.name for p in _subfolders(Path(root))]
@@ -397,7 +437,7 @@ class OneOfClass(ImageDataset):
     def prepare(self, workers: int = 1):
         self.images.prepare(workers)
 
-    def __getitem__(self, i: int):
+    def item(self, i: int):
         chosen = random.randint(0, len(self.members[i]) - 1)
         return self.images[int(self.members[i][chosen])]
 
@@ -426,8 +466,8 @@ def permutation(
     return np.argsort(philox(seed, (SHUFFLE, pass_index, 0), n), kind='stable')
 
 # %% ../../nbs/data/00_loading.ipynb #019721cc
-class EpochBatchSampler(Sampler):
-    "Batches of `SampleIndex`es of one process; set `.epoch` (and `.first`, a batch) first."
+class EpochBatchSampler(BatchSampler):
+    "Batches of `SampleIndex`es of one process: of `.epoch`, from batch `.first` on."
 
     def __init__(
         self,
@@ -439,7 +479,14 @@ class EpochBatchSampler(Sampler):
         repeats: int = 1,  # times an image appears in a row (repeated augmentation)
         images: int = None,  # images an epoch, with repeats; n, of a new pass each epoch, if None
         epochs: int = None,  # how many there are in all; without end if None
+        drop_last: bool = True,  # as torch's samplers ask; a batch is always whole
     ):
+        if not isinstance(n, int | np.integer):
+            raise TypeError(
+                f'{type(n).__name__} is no number of images: an EpochBatchSampler orders images '
+                'itself; in Lightning set use_distributed_sampler=False, give rank and world_size'
+            )
+        self.drop_last = True
         if batch_size % world_size:
             raise ValueError(
                 f'batch_size={batch_size} does not divide among {world_size} processes; '
@@ -464,6 +511,15 @@ class EpochBatchSampler(Sampler):
                 'choose a smaller batch'
             )
 
+    @property
+    def sampler(self) -> 'EpochBatchSampler':
+        "Itself: Lightning and accelerate look here for `set_epoch`."
+        return self
+
+    def set_epoch(self, epoch: int):
+        "Chooses the epoch that is read next; without it, one read to its end counts."
+        self.epoch, self.first = epoch, 0
+
     def __len__(self):
         return self.steps - self.first
 
@@ -485,7 +541,9 @@ class EpochBatchSampler(Sampler):
         return [self.draw(place) for place in own]
 
     def __iter__(self):
-        return (self.batch(self.epoch, number) for number in range(self.first, self.steps))
+        epoch, first = self.epoch, self.first
+        yield from (self.batch(epoch, number) for number in range(first, self.steps))
+        self.set_epoch(epoch + 1)
 
     def onward(self) -> Iterator:  # of lists of `SampleIndex`es
         "The batches from `.epoch` and `.first` on, epoch after epoch."
@@ -569,7 +627,7 @@ class Part(ImageDataset):
     def array(self, i: int) -> tuple:
         return self.images.array(int(self.numbers[i]))
 
-    def __getitem__(self, i: int):
+    def item(self, i: int):
         return self.images[int(self.numbers[i])]
 
     def cache(self, limit: int):
@@ -608,7 +666,7 @@ def hold_out(
 
 # %% ../../nbs/data/00_loading.ipynb #f40c1338
 class EpochLoader:
-    "Batches of epoch after epoch; set `.batch_sampler.epoch` and `.first` before each."
+    "Batches of epoch after epoch: of `.batch_sampler.epoch`, from batch `.first` on."
 
     def __init__(
         self,
@@ -617,6 +675,10 @@ class EpochLoader:
     ):
         self.batch_sampler, self.start = batches, start
         self.running = self.place = None  # the sequence, and which (epoch, batch) comes next
+
+    def set_epoch(self, epoch: int):
+        "Chooses the epoch that is read next; without it, one read to its end counts."
+        self.batch_sampler.epoch, self.batch_sampler.first = epoch, 0
 
     def __len__(self):
         return self.batch_sampler.steps - self.batch_sampler.first
@@ -632,6 +694,7 @@ class EpochLoader:
             if running is self.running:
                 self.place = (epoch, number + 1) if number + 1 < b.steps else (epoch + 1, 0)
             yield batch
+        self.set_epoch(epoch + 1)
 
     def close(self):
         "Ends threads and processes that work ahead; as does collecting the loader."

@@ -8,7 +8,10 @@ __all__ = ['BROKEN', 'share', 'spans', 'records', 'buffered', 'ShardStream', 'st
 # %% ../../nbs/data/05_streams.ipynb #4467f195
 import hashlib, itertools, re, tarfile, warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
+from urllib.request import Request, urlopen
 import numpy as np, torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.gopen import gopen
@@ -26,7 +29,8 @@ from fdsl_nb.data.shards import (
     class_number,
     decode,
 )
-from .shards import is_build, plan_of, shard_index
+from ..formulas.layout import is_build, plan_of
+from .shards import shard_index
 
 # %% ../../nbs/data/05_streams.ipynb #6484f2fd
 def share(
@@ -327,14 +331,32 @@ def stream_loader(
     return EpochLoader(stream, start)
 
 # %% ../../nbs/data/05_streams.ipynb #ce62c995
-def _kept_labels(url):
-    word = hashlib.sha256(url.encode()).hexdigest()[:24]
+def _version(url):
+    "What a web server says of a shard without sending it; '' if it says nothing, or is none."
+    if not url.startswith(('http://', 'https://')):
+        return ''
+    try:
+        with urlopen(Request(url, method='HEAD'), timeout=20) as answer:
+            said = [answer.headers[k] for k in ('ETag', 'Last-Modified', 'Content-Length')]
+    except (OSError, HTTPException, ValueError):
+        return ''
+    return ' '.join(filter(None, said))
+
+
+def _versions(urls):
+    with ThreadPoolExecutor(16) as threads:
+        return list(threads.map(_version, urls))
+
+
+def _kept_labels(url, version):
+    key = f'{url} {version}' if version else url
+    word = hashlib.sha256(key.encode()).hexdigest()[:24]
     return Path(machine_settings()['data_root'].value) / 'streams' / f'{word}.npy'
 
 
-def _labels_of(url):
+def _labels_of(url, version):
     "The class of each record, int32, and the highest; kept under the data root once it is read."
-    kept = _kept_labels(url)
+    kept = _kept_labels(url, version)
     if kept.exists():
         labels = np.load(kept)
         return labels, int(labels.max())
@@ -350,6 +372,13 @@ def _labels_of(url):
     with atomic_write(kept) as f:
         np.save(f, labels)
     return labels, int(labels.max())
+
+
+def _label_index(urls):
+    "The classes of all records of shards as they are now."
+    versions = dict(zip(urls, _versions(urls)))
+    kind = '\n'.join(['labels', *filter(None, versions.values())])
+    return shard_index(kind, urls, lambda url: _labels_of(url, versions[url]))
 
 
 class StreamedShards(StoredDataset):
@@ -370,7 +399,7 @@ class StreamedShards(StoredDataset):
                 'or neither, and the shards are read through once'
             )
         if counts is None:
-            self.index = shard_index('labels', [str(u) for u in urls], _labels_of)
+            self.index = _label_index([str(u) for u in urls])
             counts, classes = self.index.said['counts'], max(self.index.said['notes']) + 1
         self.urls, self.counts = _shards_of(urls, counts)
         self.classes = [str(c) for c in range(classes)]

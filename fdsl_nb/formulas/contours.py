@@ -199,6 +199,11 @@ class _Reference:
         return ((c, category) for c, k, category, _ in images if k == 0)
 
 # %% ../../nbs/formulas/02_contours.ipynb #6ce2584e
+@lru_cache(4096)  # a class is drawn many times; in Python this takes as long as a tenth of an image
+def _category(formula, c):
+    return formula.new_category(formula.category_stream(formula.start_class + c))
+
+
 @dataclass(frozen=True)
 class Contours(_Kind, _Reference):
     "What RCDB and VisualAtom share. A family adds knobs, `new_category` and `new_instance`."
@@ -223,7 +228,7 @@ class Contours(_Kind, _Reference):
     ) -> ContourCategory:
         "The parameters of class `c`, from its own random stream; `IndexError` outside the formula."
         self.check(c)
-        return self.new_category(self.category_stream(self.start_class + c))
+        return _category(self, c)
 
     def draw(self, c: int, k: int) -> np.ndarray:
         "Image (c, k), uint8 [size, size]; for k > 0 the instance's stream redraws the category."
@@ -378,11 +383,6 @@ def _waves(formula, rng):
         if first != second or first == 0:
             return dict(wave_1=first, wave_2=second)
 
-# %% ../../nbs/formulas/02_contours.ipynb #8a04a40d
-@lru_cache(4096)
-def _category(formula, c):
-    return formula.category(c)
-
 # %% ../../nbs/formulas/02_contours.ipynb #2ccd19f3
 @dataclass(frozen=True)
 class VisualAtom(_AtomKnobs):
@@ -426,7 +426,7 @@ class VisualAtom(_AtomKnobs):
         return f'{c:05d}/vertex_{category.vertices:04d}_instance_{k:04d}.png'
 
     def published_file(self, c: int, k: int) -> str:
-        return self.file(self.start_class + c, k, _category(self, c))
+        return self.file(self.start_class + c, k, self.category(c))
 
 # %% ../../nbs/formulas/02_contours.ipynb #18293a4b
 def _published_order(formula, thread, threads, size):

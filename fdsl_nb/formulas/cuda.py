@@ -8,7 +8,7 @@ __all__ = ['SOURCES', 'OPTIONS', 'DRAW_ON', 'Launch', 'packs', 'CannotPack', 'pa
            'why_not_cuda', 'drawing_device', 'draw_images']
 
 # %% ../../nbs/formulas/07_cuda.ipynb #3a2a0a52
-import ctypes, hashlib, inspect, re, shutil, subprocess, sys
+import ctypes, hashlib, inspect, re, shutil, subprocess, sys, threading
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -281,6 +281,7 @@ class EmulatedKernels:
         path = Path(self._folder.name) / 'draw.so'
         compile_for_cpu(source, path, '-shared', '-fPIC', compiler=compiler)
         self.library = ctypes.CDLL(str(path))
+        self._one_launch = threading.Lock()  # shared memory of a block is a global variable
 
     def draw(
         self,
@@ -296,7 +297,8 @@ class EmulatedKernels:
         kernel = getattr(self.library, f'{launch.kernel}_on_cpu')
         sizes = ctypes.c_uint(blocks), ctypes.c_uint(threads)
         first = ctypes.c_void_p(launch.pictures.ctypes.data), ctypes.c_longlong(n)
-        kernel(*sizes, *first, *(ctypes.c_void_p(a.ctypes.data) for a in arrays))
+        with self._one_launch:
+            kernel(*sizes, *first, *(ctypes.c_void_p(a.ctypes.data) for a in arrays))
         return images, drawn.astype(bool)
 
 # %% ../../nbs/formulas/07_cuda.ipynb #59c2dfaf
@@ -437,6 +439,7 @@ class DeviceKernels:
         # a tensor makes torch's context, in which the code is loaded
         torch.zeros(1, device=self.device)
         with torch.cuda.device(self.device):
+            self._context = _value(driver.cuCtxGetCurrent())
             cubin = cached_cubin(f'sm_{about.major}{about.minor}', file=source)
             self._module = _value(driver.cuModuleLoadData(cubin))
 
@@ -476,6 +479,7 @@ class DeviceKernels:
         import torch
 
         with torch.cuda.device(self.device):
+            _value(self._driver.cuCtxSetCurrent(self._context))  # another thread has none
             stream = torch.cuda.current_stream().cuda_stream
             function = _value(self._driver.cuModuleGetFunction(self._module, kernel.encode()))
             size = (blocks, 1, 1, _THREADS, 1, 1, 0)

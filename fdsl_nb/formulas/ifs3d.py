@@ -26,6 +26,7 @@ from fdsl_nb.formulas.categories import (
     load_categories,
     read_category,
     search_parallel,
+    words_to_skip,
 )
 from .formula import Formula, Sample, check_one_stream, knob
 
@@ -165,9 +166,8 @@ def _volumes(m):
     )
 
 
-def _search_system(seed, c, variance, points, half_side):
-    "The first system that the stream of class `c` finds."
-    stream = CounterRandom(seed, CATEGORY, c)
+def _search_system(stream, variance, points, half_side):
+    "The first system that the stream of a class finds."
 
     def draw():
         m = stream.randint(2, 7)
@@ -187,9 +187,12 @@ def canonical_system(
     seed: int, c: int, variance: float = 0.05, points: int = 10_000, half_side: float = 1.0
 ) -> np.ndarray:
     "The system of class `c`, float64 [maps, 13], read-only: from memory, from disk, or searched."
-    maps = read_category(_cache_of_systems(seed, variance, points, half_side), c)
+    cache = _cache_of_systems(seed, variance, points, half_side)
+    maps = read_category(cache, c)
     if maps is None:
-        maps = _search_system(seed, c, variance, points, half_side)
+        stream = CounterRandom(seed, CATEGORY, c)
+        stream.position = words_to_skip(cache, c)
+        maps = _search_system(stream, variance, points, half_side)
     maps.setflags(write=False)
     return maps
 

@@ -14,7 +14,7 @@ import numpy as np
 from ..core.rng import CATEGORY, CounterRandom, NumpyRandom, unit
 from ..core.raster import splat
 from .categories import CategoryStream, category_cache, read_category
-from .categories import search_parallel
+from .categories import search_parallel, words_to_skip
 from .chaos import GREY, play, to_pixels, workspace
 
 # %% ../../nbs/formulas/04_ifs_search.ipynb #34708068
@@ -96,13 +96,15 @@ def canonical_picks(
     return picks
 
 
-def canonical_candidates(seed: int, c: int, points: int):
-    "Candidates for class `c` from its own counter stream: yields (maps, picks) without end."
-    stream = CounterRandom(seed, CATEGORY, c)
+def canonical_candidates(
+    stream: CounterRandom,  # of a class
+    points: int,  # of the test plot
+):
+    "Candidates for a class from its own counter stream: yields (maps, picks) without end."
     while True:
         maps = stream.randint(2, 7)
         coefficients = 2 * unit(stream.words(6 * maps)).reshape(maps, 6) - 1
-        yield with_determinants(coefficients), canonical_picks(seed, points)
+        yield with_determinants(coefficients), canonical_picks(stream.seed, points)
 
 # %% ../../nbs/formulas/04_ifs_search.ipynb #fbca4e02
 _found = {}
@@ -113,11 +115,14 @@ def _canonical_cache(seed, rate, points):
 
 
 def _read_or_searched(seed, c, rate, points):
-    found = read_category(_canonical_cache(seed, rate, points), c)
+    cache = _canonical_cache(seed, rate, points)
+    found = read_category(cache, c)
     if found is not None:
         return found
     check_rate(rate, points)
-    return first_filling(canonical_candidates(seed, c, points), rate)
+    stream = CounterRandom(seed, CATEGORY, c)
+    stream.position = words_to_skip(cache, c)
+    return first_filling(canonical_candidates(stream, points), rate)
 
 
 def canonical_category(

@@ -78,6 +78,21 @@ ABLATIONS += (
         'Is one image of each class enough?',
         ('fractaldb1k_vit_tiny', 'ofdb2d1k_vit_tiny'),
     ),
+    Ablation(
+        'families',
+        '',
+        'Which formula is worth pre-training on, under one budget?',
+        (
+            'rcdb1k_deit_tiny',
+            'visualatom1k_vit_tiny',
+            'fractaldb1k_vit_tiny',
+            'mvfractaldb1k_deit_tiny',
+            'exfractaldb1k_deit_tiny',
+            'onepfrac1k_vit_tiny',
+            'ofdb2d1k_vit_tiny',
+            'ofdb3d1k_vit_tiny',
+        ),
+    ),
 )
 
 

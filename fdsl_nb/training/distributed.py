@@ -183,6 +183,7 @@ def join(
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout),
+            device_id=_device() if gpu else None,  # NCCL connects at once, to the right GPU
         )
         yield _device()
         # Not after an error: leaving the group first would make the others report a lost partner

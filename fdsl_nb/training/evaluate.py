@@ -86,7 +86,8 @@ class Counter:
         hits = best == labels[:, None]
         if len(self.confusion):
             cells = labels * self.classes + best[:, 0]
-            self.confusion += torch.bincount(cells, minlength=self.classes**2)
+            # torch.bincount would make Python wait for a GPU
+            self.confusion.scatter_add_(0, cells, torch.ones_like(cells))
         loss = F.cross_entropy(logits.float(), labels, reduction='sum')
         images = torch.full_like(loss, len(labels))
         self.sums += torch.stack([images, hits[:, 0].sum(), hits.sum(), loss]).double()
@@ -105,12 +106,16 @@ def evaluate(
     loader,  # batches (float32 [b, 3, h, w], int64 [b]); this process's share of the split
     classes: int,
     device='cpu',
+    precision: Callable = nullcontext,  # context for the forward pass
 ) -> Evaluation:
     "Exact counts over all processes; the model is left in the mode it was in."
     counter, training = Counter(classes, device), model.training
     model.eval()
-    for images, labels in loader:
-        counter.add(model(images.to(device)), labels.to(device))
+    for batch in loader:
+        images, labels = (t.to(device, non_blocking=True) for t in batch)
+        with precision():
+            logits = model(images)
+        counter.add(logits, labels)
     model.train(training)
     return counter.result()
 

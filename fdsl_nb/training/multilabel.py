@@ -7,6 +7,8 @@ __all__ = ['KERAS_EPSILON', 'BUCKETS', 'MultiLabelLoss', 'label_ranks', 'drawer'
            'MultiLabelCounter', 'evaluate_labels']
 
 # %% ../../nbs/training/05_multilabel.ipynb #37fe09fd
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 import numpy as np, torch
 import torch.nn.functional as F
@@ -220,12 +222,14 @@ class MultiLabelCounter:
         self.loss_sum += losses.double().sum()
         self.unusable += (~logits.isfinite()).any(1).sum()
         logits, said = logits.nan_to_num(), logits > 0
-        self.ranks += torch.bincount(label_ranks(logits, positive), minlength=self.classes + 1)
+        ranks = label_ranks(logits, positive)
+        # torch.bincount would make Python wait for a GPU
+        self.ranks.scatter_add_(0, ranks, torch.ones_like(ranks))
         answers = (said & positive), (said & ~positive), (~said & positive)
         self.answers += torch.stack([each.sum(0) for each in answers])
         place = torch.arange(self.classes, device=logits.device) + self.classes * positive
         drawers = (place * BUCKETS + drawer(logits)).flatten()
-        self.drawers += torch.bincount(drawers, minlength=len(self.drawers))
+        self.drawers.scatter_add_(0, drawers, torch.ones_like(drawers))
         if self.kept is not None:
             self.kept.append((logits.cpu(), positive.cpu()))
 
@@ -275,11 +279,15 @@ def evaluate_labels(
     classes: int,
     device='cpu',
     average_precision: bool = False,  # also the mean AP and the exact AUC; keeps all scores
+    precision: Callable = nullcontext,  # context for the forward pass
 ) -> MultiLabelEvaluation:
     "All figures over all processes; the model is left in the mode it was in."
     counter, training = MultiLabelCounter(classes, device, average_precision), model.training
     model.eval()
-    for images, targets in loader:
-        counter.add(model(images.to(device)), targets.to(device))
+    for batch in loader:
+        images, targets = (t.to(device, non_blocking=True) for t in batch)
+        with precision():
+            logits = model(images)
+        counter.add(logits, targets)
     model.train(training)
     return counter.result()

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['RUN', 'OF_THE_RUN', 'READ', 'FREE', 'EXPORTED', 'RECORDS', 'LOADS_FILES', 'open_splits', 'make_model', 'use_cores',
-           'make_loaders', 'refuse_unjudged', 'check_run', 'WandbLog', 'many_labels', 'judges', 'make_callbacks',
-           'train', 'continue_run', 'chosen_model', 'finish', 'run_training', 'beside_process_0', 'read_result',
-           'recorded', 'record_failure', 'checkpoint_settings', 'architecture_of']
+           'set_backends', 'make_loaders', 'refuse_unjudged', 'check_run', 'WandbLog', 'many_labels', 'judges',
+           'make_callbacks', 'train', 'continue_run', 'chosen_model', 'finish', 'run_training', 'beside_process_0',
+           'read_result', 'recorded', 'record_failure', 'checkpoint_settings', 'architecture_of']
 
 # %% ../../nbs/training/08_training.ipynb #41f87078
-import json, os, psutil, re, time, torch, uuid, wandb
+import json, os, psutil, re, time, torch, uuid
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
@@ -18,6 +18,7 @@ from fastai.callback.core import Callback
 from timm.utils import unwrap_model
 from ..core.settings import check_settings, markdown_text
 from ..data.augment import eval_transform, train_transform
+from ..data.cuda_augment import choose_feed, device_kernels, device_loader
 from ..models.checkpoints import export_model, load_weights, read_checkpoint
 from fdsl_nb.data.loading import (
     EpochBatchSampler,
@@ -31,6 +32,7 @@ from fdsl_nb.data.loading import (
 )
 from ..data.datasets import WHERE, is_here, named_dataset, open_split
 from fdsl_nb.training.distributed import (
+    each,
     local_processes,
     found_ranks,
     join,
@@ -72,6 +74,7 @@ from fdsl_nb.training.saving import (
     SaveCheckpoints,
     SaveRecovery,
     SaveImages,
+    all_written,
     latest,
     restore,
     resume,
@@ -150,6 +153,17 @@ def _threads_before(folder):
                 return event.get('threads', 0)
     return 0
 
+# %% ../../nbs/training/08_training.ipynb #89af6438
+def set_backends(c: RunConfig):
+    "How torch computes in this process from now on."
+    exact = c.float32_matmul_precision == 'highest'
+    torch.set_float32_matmul_precision(c.float32_matmul_precision)
+    torch.backends.cudnn.allow_tf32 = not exact
+    if c.deterministic:
+        # read by cuBLAS when it starts
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(c.deterministic, warn_only=True)
+
 # %% ../../nbs/training/08_training.ipynb #ccf4e7e2
 def _workers(c):
     return 0 if c.workers == 'auto' else c.workers  # `train` has chosen a number
@@ -160,7 +174,25 @@ def _eval_loader(c, images):
     return eval_loader(images, eval_transform(c), 256, *where)
 
 
-def make_loaders(c: RunConfig, splits: dict) -> tuple:  # (training loader, validation loader)
+def _train_loader(c, images, batches, device):
+    transform = train_transform(c)
+    where, said = choose_feed(c.draw_on, device, images, transform)
+    if said and get_rank() == 0:
+        print(said, flush=True)
+    if where == 'cuda':
+        kernels = device_kernels(device)
+        return device_loader(images, transform, batches, kernels, device, _workers(c))
+    # threads share what is kept, processes have it each
+    sharing = 1 if in_kernels(images, transform) else max(1, _workers(c))
+    images.cache((c.cache_limit << 20) // sharing)
+    return images.train_loader(transform, batches, _workers(c))
+
+
+def make_loaders(
+    c: RunConfig,
+    splits: dict,
+    device=torch.device('cpu'),  # where the network is
+) -> tuple:  # (training loader, validation loader)
     "The loaders of this process; the second is empty if there is nothing to choose by."
     images = as_images(splits['train'])
     batches = EpochBatchSampler(
@@ -172,11 +204,7 @@ def make_loaders(c: RunConfig, splits: dict) -> tuple:  # (training loader, vali
         c.aug_repeats,
         c.samples_per_epoch or None,
     )
-    transform = train_transform(c)
-    # threads share what is kept, processes have it each
-    sharing = 1 if in_kernels(images, transform) else max(1, _workers(c))
-    images.cache((c.cache_limit << 20) // sharing)
-    train = images.train_loader(transform, batches, _workers(c))
+    train = _train_loader(c, images, batches, device)
     choose = 'test' if c.eval_metric == 'top1_test' else 'val'
     return train, _eval_loader(c, splits[choose]) if choose in splits else ()
 
@@ -217,6 +245,8 @@ class WandbLog(Callback):
         self.folder, self.config = folder, config
 
     def before_fit(self):
+        import wandb  # takes most of a second: only where it is used
+
         c, known = self.config, self.folder.output('wandb-id.txt')
         if not known.exists():
             with atomic_write(known, 'w') as f:
@@ -279,6 +309,7 @@ def train(
     started, settings = time.time(), RUN | config
     c = run_config(settings)
     with join() as device:
+        set_backends(c)
         folder, splits = RunFolder(c.folder), open_splits(c)
         workers, said = use_cores(c.workers, device, _threads_before(folder))
         c = replace(c, workers=workers)
@@ -288,7 +319,7 @@ def train(
         learn = fdsl_learner(
             model,
             c,
-            *make_loaders(c, splits),
+            *make_loaders(c, splits, device),
             classes,
             c.seed,
             device,
@@ -304,10 +335,13 @@ def train(
                 weights=str(loaded or ''),
                 threads=torch.get_num_threads(),
                 cores=said,
+                precision=learn.precision.dtype,
             )
-            print(said, flush=True)
+            print(*filter(None, (said, learn.precision.said)), sep='\n', flush=True)
         continue_run(learn, folder, c.resume, c.no_resume_opt)
-        learn.fit(c.epochs)
+        with all_written(learn):
+            learn.fit(c.epochs)
+        each([0.0])  # the others read a checkpoint only when process 0 has written it
         done = dict(
             epochs=learn.row['epoch'] + 1, train_loss=learn.row['train_loss'], paused=learn.paused
         )
@@ -395,10 +429,11 @@ def finish(learn, c: RunConfig, splits: dict, device) -> dict:
     if split is None:
         return {}
     loader, classes = _eval_loader(c, splits[split]), splits[split].classes
+    precision = learn.precision.context
     if many_labels(splits):
-        e = evaluate_labels(model, loader, len(classes), device, average_precision=True)
+        e = evaluate_labels(model, loader, len(classes), device, True, precision)
         return dict(split=split, **e.figures())
-    e = evaluate(model, loader, len(classes), device)
+    e = evaluate(model, loader, len(classes), device, precision)
     return dict(
         split=split,
         correct=e.correct,
@@ -436,7 +471,7 @@ def run_training(
         return beside_process_0(folder, values, train)
     reads = [values[k] for k in READ if values.get(k)]
     with locked(folder.path):
-        if values['restart']:
+        if values['overwrite']:
             set_aside(folder, reads)
         refuse_other_run(folder, values, FREE, _may_replace(folder, reads))
         refuse_foreign(folder, RECORDS)
@@ -451,7 +486,7 @@ def beside_process_0(
     function,  # `train`, for example
 ) -> dict:  # what it returned
     "In another rank that a cluster's launcher made: process 0 keeps the records."
-    if folder.state == 'done' and not values['restart']:
+    if folder.state == 'done' and not values['overwrite']:
         return read_result(folder)
     try:
         with last_words(partial(record_failure, folder)):

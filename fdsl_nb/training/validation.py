@@ -9,8 +9,6 @@ __all__ = ['EVALUATION_DEFAULTS', 'LEFT', 'FREE', 'brought', 'weights_hash', 'ev
 
 # %% ../../nbs/training/09_validation.ipynb #5b153e75
 import hashlib, time
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 import numpy as np, timm, torch
 from timm.data import ImageNetInfo, resolve_model_data_config
@@ -32,6 +30,7 @@ from fdsl_nb.core.folder import (
     atomic_write,
 )
 from ..models.models import create_model, current_name
+from .learner import autocast_for
 from .multilabel import evaluate_labels
 from .plan import Evaluation, Recipe, run_config
 from ..core.settings import Resolved, check_settings, did_you_mean
@@ -206,18 +205,12 @@ def validate(
         loader = eval_loader(
             data, transform, config['batch_size'], get_rank(), get_world_size(), workers
         )
-        context = _context(device, getattr(torch, config['precision']))
+        context = autocast_for(device, config['precision'])
         examine = _many_labels if as_images(data).multilabel else _one_label
         found = examine(config, data, model.to(device), loader, device, context)
         total(torch.zeros(1, device=device))  # nobody leaves before the files are there
         about = dict(split=split, images=len(data), classes=data.classes, weights=str(report))
         return about | found | dict(seconds=round(time.time() - started, 1))
-
-
-def _context(device, dtype):
-    if dtype == torch.float32:
-        return nullcontext
-    return partial(torch.autocast, device.type, dtype)
 
 # %% ../../nbs/training/09_validation.ipynb #e07aada8
 def _one_label(config, data, model, loader, device, context):
@@ -237,9 +230,7 @@ def _many_labels(config, data, model, loader, device, context):
                 f'{k}={config[k]!r} is for images with one label, and those of '
                 f'dataset={config["dataset"]!r} have several; leave it out'
             )
-    with context():
-        e = evaluate_labels(model, loader, len(data.classes), device, average_precision=True)
-    return e.figures()
+    return evaluate_labels(model, loader, len(data.classes), device, True, context).figures()
 
 # %% ../../nbs/training/09_validation.ipynb #2076ac54
 def counted(a: Predictions, config: dict) -> dict:
@@ -284,11 +275,11 @@ LEFT = (
     'answers.npz',
     'classes.csv',
 )
-FREE = ('folder', 'workers', 'restart')  # may differ when the same is asked again
+FREE = ('folder', 'workers', 'overwrite')  # may differ when the same is asked again
 
 
 def run_evaluation(
-    config: dict,  # of `evaluation_config`, and stage, folder, processes, workers, restart
+    config: dict,  # of `evaluation_config`, and stage, folder, processes, workers, overwrite
 ) -> dict:  # of `validate`
     "Runs `validate` on one or more processes, and records configuration, status and result."
     values, ranks = {k: v.value for k, v in config.items()}, found_ranks()
@@ -297,7 +288,7 @@ def run_evaluation(
         return beside_process_0(folder, values, validate)
     with locked(folder.path):
         own = read_config(folder).get('stage', 'evaluate') == 'evaluate'
-        if values['restart'] and own:
+        if values['overwrite'] and own:
             set_aside(folder, [values['weights']])
         refuse_other_run(folder, values, FREE, replaceable=own)
         refuse_foreign(folder, LEFT)
@@ -316,5 +307,5 @@ def read_predictions(folder: RunFolder) -> Predictions:
             return Predictions(f['best'], f['labels'], f['losses'])
     except Exception as e:  # zip, zlib and NumPy have one each
         raise ValueError(
-            f'{path} is damaged ({type(e).__name__}: {e}); evaluate again with restart=True'
+            f'{path} is damaged ({type(e).__name__}: {e}); evaluate again with overwrite=True'
         ) from None
