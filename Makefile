@@ -35,7 +35,7 @@ test: env       ## house rules, then the notebooks, then every test that is not 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not slow' --ignore=tests/test_house.py
 
 campaign: env   ## the slow tests: minutes each
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
 
 # Notebooks without a number are papermill runs: pytest runs them, with small values.
 notebooks: env  ## run every cell of the library's notebooks

@@ -1,6 +1,6 @@
 """Data sets and samplers in loops of others: torch's loader, Lightning, Hugging Face's Trainer.
 
-The slow ones need `pip install -e '.[interop]'`.
+The slow ones need `pip install lightning transformers accelerate`.
 """
 
 import numpy as np
