@@ -240,7 +240,7 @@ def gather():
     "All pages into SOURCE."
     shutil.rmtree(SOURCE, ignore_errors=True)
     place_bundles()
-    for folder in ('images', 'cluster'):
+    for folder in ('images', 'cluster', 'experiments'):
         shutil.copytree(HERE / folder, SOURCE / folder)
     for path in (*HERE.glob('*.md'), ROOT / 'CONTRIBUTING.md', ROOT / 'CHANGELOG.md'):
         write_page(str(path.relative_to(ROOT)))
