@@ -2767,6 +2767,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fdsl_nb/training/saving.py'),
                                          'fdsl_nb.training.saving.Pause.after_epoch': ( 'training/saving.html#pause.after_epoch',
                                                                                         'fdsl_nb/training/saving.py'),
+                                         'fdsl_nb.training.saving.Pause.before_epoch': ( 'training/saving.html#pause.before_epoch',
+                                                                                         'fdsl_nb/training/saving.py'),
                                          'fdsl_nb.training.saving.SaveCheckpoints': ( 'training/saving.html#savecheckpoints',
                                                                                       'fdsl_nb/training/saving.py'),
                                          'fdsl_nb.training.saving.SaveCheckpoints.__init__': ( 'training/saving.html#savecheckpoints.__init__',

@@ -163,9 +163,9 @@ def seen(loader):
 
 @pytest.mark.process
 def test_a_plain_data_set_trains_like_one_of_ours():
-    batches = EpochBatchSampler(20, 4, seed=3)
-    assert seen(train_loader(Greys(), PILToTensor(), batches)) == seen(
-        as_images(Greys()).train_loader(PILToTensor(), batches, 2)
+    one, other = (EpochBatchSampler(20, 4, seed=3) for _ in range(2))
+    assert seen(train_loader(Greys(), PILToTensor(), one)) == seen(
+        as_images(Greys()).train_loader(PILToTensor(), other, 2)
     )
     train, _ = make_loaders(RunConfig(batch_size=4, img_size=8, workers=0), {'train': Greys()})
     assert len(train) == 5 and not many_labels({'train': Greys()})

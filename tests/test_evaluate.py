@@ -97,7 +97,7 @@ def test_the_same_as_the_training_run_counted(trained, examined):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize('processes', (2, 3))
+@pytest.mark.parametrize('processes', (2, pytest.param(3, marks=pytest.mark.slow)))
 def test_any_number_of_processes_gives_the_same_answers(processes, weights, examined, tmp_path):
     result, alone = (
         examine(

@@ -235,6 +235,7 @@ class Faulty(Formula):
 '''
 
 
+@pytest.mark.slow
 def test_a_failing_rank_ends_all_and_says_why(tmp_path):
     (tmp_path / 'faulty_squares.py').write_text(FAULTY)
     given = words(tmp_path / 'run', **SMALL | dict(dataset='faulty_squares:Faulty', size=32))

@@ -179,7 +179,8 @@ def two_processes(tmp_path):
     return child, family
 
 
-@pytest.mark.parametrize('victim', ('rank', pytest.param('worker', marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', ('rank', 'worker'))
 def test_a_killed_process_of_our_own_launching_ends_the_run(victim, tmp_path):
     "The notebook's process starts the ranks and says how they ended; also for a loading worker."
     child, family = two_processes(tmp_path)

@@ -98,6 +98,7 @@ def pretend(e, step):
     RunFolder(e.place(step)).file('result.json').write_text(json.dumps(result))
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_an_experiment_killed_on_the_way_is_continued_to_the_whole_table(start, tmp_path):
     # epochs enough that one is cut: the kernel ends some seconds after papermill is killed
@@ -266,7 +267,8 @@ def test_processes_and_workers_do_not_make_another_experiment(tmp_path):
     assert {state_of(more, s) for s in more.steps} == {'done'}
 
 
-@pytest.mark.parametrize('budget', ('demo', 'paper'))
+# A network of published size takes seconds to make
+@pytest.mark.parametrize('budget', ('demo', pytest.param('paper', marks=pytest.mark.slow)))
 @pytest.mark.parametrize('name', [r.name for r in PRETRAIN])
 def test_every_recipe_has_a_plan(name, budget, tmp_path):
     for more in (

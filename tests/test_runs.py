@@ -458,6 +458,7 @@ def kill_after_first_epoch(words, sent):
     return family, alive
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_sigterm_ends_every_process_and_the_run_goes_on(tmp_path):
     given = SMALL | dict(processes=2)

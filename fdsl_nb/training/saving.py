@@ -342,12 +342,14 @@ class Pause(Callback):
     def __init__(self, epochs: int):
         self.epochs = epochs
 
-    def after_epoch(self):
+    def before_epoch(self):
         done = self.learn.epoch + 1
-        if done - self.learn.first_epoch < self.epochs or done == self.learn.n_epoch:
-            return
-        self.learn.paused = True
-        raise CancelFitException
+        enough = done - self.learn.first_epoch >= self.epochs
+        self.learn.paused = enough and done < self.learn.n_epoch  # before a checkpoint is due
+
+    def after_epoch(self):
+        if self.learn.paused:
+            raise CancelFitException
 
 # %% ../../nbs/training/07_saving.ipynb #677b985c
 class SaveImages(Callback):
