@@ -83,6 +83,7 @@ def show_curves(config: dict):
             draw_published(ax, config)
         ax.legend(fontsize=8)
         ax.set_xlabel('epoch')
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
     return kept(figure, config, 'curves.png')
 
@@ -157,6 +158,7 @@ def _show_learning(config, runs, colours, ax):
             label = name if seed == config['seed'].value else None
             ax.plot(rows.epoch + 1, rows.eval_top1, color=colours[name], label=label)
     ax.set(xlabel='epoch', ylabel='top-1 on val, %')
+    ax.xaxis.get_major_locator().set_params(integer=True)
     draw_published(ax, config)
     ax.legend(fontsize=8)
 
