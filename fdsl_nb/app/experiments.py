@@ -438,7 +438,7 @@ def _network_before(step, steps):
     }
     return {k: network[k] for k in taken}
 
-
+# %% ../../nbs/app/08_experiments.ipynb #8adfe0ec
 def with_ablation(values: dict, given: tuple = ()) -> dict:
     "The parameters with recipes and sweep of a named ablation; `ValueError` beside others."
     if not values.get('ablation'):
@@ -453,7 +453,7 @@ def with_ablation(values: dict, given: tuple = ()) -> dict:
     sweep = {k: list(several) for k, several in chosen.sweep.items()}
     return values | dict(recipe=list(chosen.recipes), sweep=sweep)
 
-
+# %% ../../nbs/app/08_experiments.ipynb #2d4ff18c
 def planned(values: dict, folder: RunFolder, given: tuple = ()) -> Experiment:
     "The experiment for these parameters; raises what is wrong with them, the data or the folder."
     if values['seeds'] < 1:
