@@ -153,7 +153,7 @@ def test_order_does_not_matter(family):
 
 @pytest.mark.process
 @each_family
-@pytest.mark.parametrize('kind', ['threads', 'processes'])
+@pytest.mark.parametrize('kind', ['threads', pytest.param('processes', marks=pytest.mark.slow)])
 def test_workers_draw_the_same(family, kind):
     addresses = [(c, k) for c in range(SMALL['classes']) for k in range(SMALL['instances'])]
     # spawned, as on a machine where a fork is not safe

@@ -398,9 +398,8 @@ def on_host(n, launcher, words):
     return [*torchrun, '--nnodes', 2, '--node-rank', n, *place, *words]
 
 
-@pytest.mark.parametrize(
-    'launcher', ['by hand', *(pytest.param(name, marks=pytest.mark.slow) for name in SLOWLY)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('launcher', ['by hand', *SLOWLY])
 def test_two_hosts_train_as_two_processes_do(hosts, local, tmp_path, launcher):
     "MASTER_ADDR is the first host's address, as the published programs set it."
     meeting = dict(MASTER_ADDR='10.77.0.1', MASTER_PORT='29611')

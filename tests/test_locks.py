@@ -221,6 +221,7 @@ run_experiment(planned(form, RunFolder(sys.argv[1])), run)
 '''
 
 
+@pytest.mark.slow
 def test_two_experiments_at_once(start, tmp_path):
     first = start(EXPERIMENT, tmp_path)
     wait_for(lambda: RunFolder(tmp_path).state == 'running')

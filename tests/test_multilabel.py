@@ -247,7 +247,11 @@ def share(config):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize('images', [41, 1], ids=['41 images', 'one image'])
+@pytest.mark.parametrize(
+    'images',
+    [41, pytest.param(1, marks=pytest.mark.slow)],
+    ids=['41 images', 'one image'],
+)
 def test_two_processes_count_as_one_does(images, monkeypatch):
     monkeypatch.setenv('PYTHONPATH', str(Path(__file__).parent))
     alone = share({'images': images, 'batch': 8})

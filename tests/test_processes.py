@@ -247,7 +247,8 @@ def test_sigterm_is_recorded_whoever_gets_it(processes, tmp_path):
     assert status['pid'] == ranks[-1].pid
 
 
-@pytest.mark.parametrize('victim', ('program', pytest.param('rank', marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', ('program', 'rank'))
 def test_sigterm_to_a_program_with_its_own_processes(victim, tmp_path):
     child, family = two_processes(tmp_path)
     rank = next(p for p in family if p.ppid() != child.pid and p.children())
