@@ -187,6 +187,7 @@ def words(folder, **parameters):
     return [w for k, v in dict(parameters, run=folder).items() for w in ('-p', k, str(v))]
 
 
+@pytest.mark.slow
 def test_mpirun_trains_as_local_processes_do(local, tmp_path):
     """By the script of the documentation: one run folder and a notebook a rank.
 

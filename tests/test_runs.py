@@ -49,6 +49,7 @@ SMALL = dict(
 )  # seconds; every kind of chance on
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_what_is_given_counts_also_where_it_equals_the_default(tmp_path):
     small = dict(classes=2, instances=8, batch_size=8, epochs=1, warmup_epochs=0)
@@ -475,6 +476,7 @@ def test_sigterm_ends_every_process_and_the_run_goes_on(tmp_path):
     assert 'continuing after epoch' in (tmp_path / 'killed' / 'pretrain.ipynb').read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_a_run_stopped_by_ctrl_c_ends_with_the_same_weights(pretrained, tmp_path):
     _, alive = kill_after_first_epoch(command('pretrain', tmp_path, **SMALL), signal.SIGINT)
