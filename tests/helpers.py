@@ -6,8 +6,10 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
+import distributed
 import numpy as np
 import torch
 from PIL import Image
@@ -45,6 +47,28 @@ def free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         return s.getsockname()[1]
+
+
+@contextmanager
+def dask_cluster(folder):
+    "A client of a scheduler and two workers, as a cluster starts them, over tcp, in `folder`."
+    folder.mkdir()
+    port = free_port()
+    address = f'tcp://127.0.0.1:{port}'
+    scheduler = ['scheduler', '--host', '127.0.0.1', '--port', str(port), '--no-dashboard']
+    worker = ['worker', address, '--nthreads', '1', '--no-dashboard', '--no-nanny']
+    started = [
+        subprocess.Popen([sys.executable, '-m', 'dask', *words], cwd=folder)
+        for words in (scheduler, worker, worker)
+    ]
+    try:
+        with distributed.Client(address, timeout='120s') as client:
+            client.wait_for_workers(2, timeout=120)
+            yield client
+    finally:
+        for process in started:
+            process.kill()  # a scheduler that has seen torch may hang when it is asked to end
+            process.wait(30)
 
 
 # Weights and images

@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import PILToTensor
 import webdataset
-from helpers import free_port
+from helpers import dask_cluster
 from fdsl_nb.build import build as building
 from fdsl_nb.build.build import build, local_executor, make_plan, open_executor, read_lines
 from fdsl_nb.app.builds import run_build, start_build, verify_build
@@ -725,27 +725,11 @@ def test_tasks_are_small_and_know_where_they_are(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_dask_started_elsewhere_completes_a_build(tmp_path):
-    "A scheduler and two workers as a cluster starts them, over tcp, in a folder of their own."
-    elsewhere, port = tmp_path / 'elsewhere', free_port()
-    elsewhere.mkdir()
-    address = f'tcp://127.0.0.1:{port}'
-    scheduler = ['scheduler', '--host', '127.0.0.1', '--port', str(port), '--no-dashboard']
-    worker = ['worker', address, '--nthreads', '1', '--no-dashboard', '--no-nanny']
-    started = [
-        subprocess.Popen([sys.executable, '-m', 'dask', *words], cwd=elsewhere)
-        for words in (scheduler, worker, worker)
-    ]
-    try:
-        with contextlib.chdir(tmp_path), distributed.Client(address, timeout='120s') as client:
-            client.wait_for_workers(2, timeout=120)
-            build(MANY, 'out', executor=client.get_executor(), progress=quiet, layout='shards')
-            assert verify('out', workers=0) == []
-    finally:
-        for process in reversed(started):
-            process.terminate()
-        for process in started:
-            process.wait(30)
-    assert not list(elsewhere.rglob('*.tar'))
+    "The workers are in a folder of their own."
+    with dask_cluster(tmp_path / 'elsewhere') as client, contextlib.chdir(tmp_path):
+        build(MANY, 'out', executor=client.get_executor(), progress=quiet, layout='shards')
+        assert verify('out', workers=0) == []
+    assert not list((tmp_path / 'elsewhere').rglob('*.tar'))
 
 
 @pytest.mark.slow

@@ -9,10 +9,9 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import distributed
 import numpy as np
 import pytest
-from helpers import free_port
+from helpers import dask_cluster
 from PIL import Image
 
 from fdsl_nb.app.experiments import (
@@ -334,28 +333,12 @@ def test_killed_twice_and_continued(tmp_path, alone):
 
 @pytest.mark.slow
 def test_two_dask_workers_over_tcp_come_to_the_same_numbers(tmp_path, alone, monkeypatch):
-    "A scheduler and two workers as a cluster starts them, in a folder of their own."
+    "The workers are in a folder of their own."
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
-    elsewhere, port = tmp_path / 'elsewhere', free_port()
-    elsewhere.mkdir()
-    address = f'tcp://127.0.0.1:{port}'
-    scheduler = ['scheduler', '--host', '127.0.0.1', '--port', str(port), '--no-dashboard']
-    worker = ['worker', address, '--nthreads', '1', '--no-dashboard', '--no-nanny']
-    started = [
-        subprocess.Popen([sys.executable, '-m', 'dask', *words], cwd=elsewhere)
-        for words in (scheduler, worker, worker)
-    ]
-    try:
-        with distributed.Client(address, timeout='120s') as client:
-            client.wait_for_workers(2, timeout=120)
-        with contextlib.chdir(tmp_path):
-            found = trained(TINY, 'below', address)
-    finally:
-        for process in started:
-            process.kill()  # a scheduler that has seen torch may hang when it is asked to end
-            process.wait(30)
+    with dask_cluster(tmp_path / 'elsewhere') as client, contextlib.chdir(tmp_path):
+        found = trained(TINY, 'below', client.scheduler.address)
     assert found.equals(alone)
-    assert not list(elsewhere.rglob('result.json'))
+    assert not list((tmp_path / 'elsewhere').rglob('result.json'))
 
 
 def test_a_fingerprint_is_of_pixels_and_classes(tmp_path):
