@@ -247,6 +247,7 @@ def shard(path, records=4):
     return path
 
 
+@pytest.mark.process
 @pytest.mark.parametrize('cut', [512, 1024, 1536, 2000])
 def test_a_cut_shard_is_noticed_by_a_stream_and_not_remembered(cut, tmp_path, monkeypatch):
     monkeypatch.setenv('FDSL_DATA_ROOT', str(tmp_path / 'data'))
@@ -260,6 +261,7 @@ def test_a_cut_shard_is_noticed_by_a_stream_and_not_remembered(cut, tmp_path, mo
     assert [images.label(i) for i in range(len(images))] == [0, 1, 0, 1]
 
 
+@pytest.mark.process
 def test_a_shard_that_a_server_changed_is_read_again(tmp_path, own_data_root):
     "And one that it did not change is not."
     asked = []

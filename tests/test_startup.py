@@ -177,6 +177,7 @@ def test_a_build_without_index_is_scanned_once(built, own_data_root, tmp_path):
     assert run_at_once(count_indexes, 2, copied) == ['SHARDS-000001.tar', 'SHARDS-000002.tar']
 
 
+@pytest.mark.process
 def test_streams_of_known_counts_are_not_read_first(others, tmp_path, monkeypatch):
     pipes = f'pipe:cat {tmp_path}/others-{{0..2}}.tar'
     read = open_dataset(pipes)
@@ -326,6 +327,7 @@ def planned(source, out, **settings):
     return list(tasks_of(job, range(job.plan.parts)))
 
 
+@pytest.mark.process
 def test_a_worker_that_draws_imports_no_torch(tmp_path):
     fractals = formula('fractaldb', classes=1, instances=2, size=32, points=500, rate=0.01)
     pngs = planned(fractals, tmp_path / 'pngs')

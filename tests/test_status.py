@@ -100,6 +100,7 @@ def test_no_heartbeat_for_the_run_of_another_process(tmp_path):
     assert run.file('status.json').read_bytes() == before
 
 
+@pytest.mark.process
 def test_a_fresh_heartbeat_elsewhere_is_refused_until_it_is_old(tmp_path):
     run = elsewhere(tmp_path, 30, scheduler='SLURM', job='4711')
     assert run.state == 'running'

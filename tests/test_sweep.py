@@ -356,6 +356,7 @@ def test_a_fingerprint_is_of_pixels_and_classes(tmp_path):
     assert first != digits_folder('c', 8)
 
 
+@pytest.mark.process
 def test_the_record_says_machine_versions_and_cost(tmp_path):
     e = planned(FORM | dict(scratch=False), RunFolder(tmp_path))
     run_experiment(e, pretend)
